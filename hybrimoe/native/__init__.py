@@ -1,0 +1,1 @@
+"""Bindings of the compiled libraries: the plug-in and the policy core."""

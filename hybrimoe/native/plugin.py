@@ -1,0 +1,209 @@
+"""ctypes binding of the ggml backend plug-in, `libggml-hybrimoe.so` (C prototypes: native/include/hybrimoe.h)."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hybrimoe.errors import PluginError
+
+LIBRARY_NAME = "libggml-hybrimoe.so"
+ABI_VERSION = 1
+REINSTALL_HINT = "reinstall the package for this llama-cpp-python: pip install --force-reinstall --no-deps hybrimoe"
+
+
+class _LayerCounters(ctypes.Structure):
+    """struct hybrimoe_layer_counters"""
+
+    _fields_ = (
+        ("n_steps", ctypes.c_uint64),
+        ("n_tokens", ctypes.c_uint64),
+        ("n_blocks", ctypes.c_uint64),
+        ("n_blocks_delegated", ctypes.c_uint64),
+        ("n_experts_cpu", ctypes.c_uint64),
+        ("n_experts_gpu", ctypes.c_uint64),
+        ("router_us", ctypes.c_double),
+        ("experts_us", ctypes.c_double),
+        ("merge_us", ctypes.c_double),
+    )
+
+
+@dataclass(frozen=True)
+class LayerCounters:
+    """What the plug-in did for one layer since its counters were last reset."""
+
+    layer: int
+    n_steps: int
+    n_tokens: int
+    n_blocks: int
+    n_blocks_delegated: int
+    n_experts_cpu: int
+    n_experts_gpu: int
+    router_us: float
+    experts_us: float
+    merge_us: float
+
+
+class Plugin:
+    """The loaded plug-in. Made by `load_plugin()`; one per process, because ggml keeps backends until the process ends."""
+
+    def __init__(self, path: Path, library: ctypes.CDLL, buffer_type: int) -> None:
+        self.path = path
+        self._library = library
+        self.buffer_type = buffer_type
+
+    @property
+    def version(self) -> str:
+        return _text(self._library.hybrimoe_version())
+
+    @property
+    def ggml_version(self) -> str:
+        """The ggml release that the plug-in was compiled for."""
+        return _text(self._library.hybrimoe_ggml_version())
+
+    def configure(self, **settings: Any) -> None:
+        """Set what backend instances made from now on use (keys: see `hybrimoe_configure` in hybrimoe.h).
+
+        Raises PluginError for unknown keys and values; nothing is changed then.
+        """
+        error = ctypes.create_string_buffer(512)
+        if self._library.hybrimoe_configure(json.dumps(settings).encode(), error, len(error)) != 0:
+            raise PluginError(f"the plug-in refused its settings: {_text(error.value)}", "hybrimoe doctor")
+
+    def last_instance(self) -> int:
+        """The id of the backend instance made last by this thread, that is, by its newest llama_context; 0 if none."""
+        return int(self._library.hybrimoe_last_instance())
+
+    def counters(self, instance: int) -> list[LayerCounters]:
+        """Counters of every layer that has run on `instance`, in layer order; layers without experts are left out."""
+        layers = []
+        raw = _LayerCounters()
+        for layer in range(self._library.hybrimoe_n_layers(instance)):
+            if self._library.hybrimoe_get_layer_counters(instance, layer, ctypes.byref(raw)) == 0 and raw.n_steps:
+                values = {name: getattr(raw, name) for name, _ in _LayerCounters._fields_}
+                layers.append(LayerCounters(layer=layer, **values))
+        return layers
+
+    def n_nodes_delegated(self, instance: int) -> int:
+        """Graph nodes of `instance` that ggml's CPU backend computed outside any MoE block."""
+        return int(self._library.hybrimoe_n_nodes_delegated(instance))
+
+    def reset_counters(self, instance: int) -> None:
+        self._library.hybrimoe_reset_counters(instance)
+
+
+def library_path() -> Path:
+    """Where the compiled plug-in is: HYBRIMOE_PLUGIN, or beside this module. Raises PluginError when it is missing."""
+    given = os.environ.get("HYBRIMOE_PLUGIN")
+    path = Path(given) if given else _installed(LIBRARY_NAME)
+    if not path.is_file():
+        raise PluginError(f"the plug-in {path} is missing", "unset HYBRIMOE_PLUGIN" if given else REINSTALL_HINT)
+    return path
+
+
+@functools.cache
+def load_plugin() -> Plugin:
+    """Load the plug-in into llama_cpp's ggml and return it. Must run before the model is loaded.
+
+    Raises PluginError when the library is missing, damaged, or compiled for another ggml.
+    """
+    path = library_path()
+    ggml = ggml_library()
+    try:
+        # RTLD_GLOBAL is not needed: the library finds ggml's symbols through the sonames that llama_cpp has loaded.
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise PluginError(f"the plug-in cannot be loaded: {error}", REINSTALL_HINT) from error
+    _declare(library)
+    abi = library.hybrimoe_abi_version()
+    if abi != ABI_VERSION:
+        raise PluginError(f"the plug-in has ABI {abi}, this package needs {ABI_VERSION}", REINSTALL_HINT)
+    mismatch = library.hybrimoe_check_ggml()
+    if mismatch:
+        raise PluginError(_text(mismatch), REINSTALL_HINT)
+    registry = ggml.ggml_backend_load(str(path).encode())
+    if not registry:
+        raise PluginError(f"ggml refused the plug-in {path}", "run again with -v to see ggml's reason")
+    device = ggml.ggml_backend_reg_dev_get(registry, 0)
+    return Plugin(path, library, ggml.ggml_backend_dev_buffer_type(device))
+
+
+@functools.cache
+def ggml_library() -> ctypes.CDLL:
+    """llama_cpp's own copy of libggml, with the few functions that the package calls declared."""
+    from llama_cpp._ggml import libggml
+
+    # ggml_backend_reg_t ggml_backend_load(const char * path)
+    libggml.ggml_backend_load.argtypes = [ctypes.c_char_p]
+    libggml.ggml_backend_load.restype = ctypes.c_void_p
+    # ggml_backend_dev_t ggml_backend_reg_dev_get(ggml_backend_reg_t reg, size_t index)
+    libggml.ggml_backend_reg_dev_get.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    libggml.ggml_backend_reg_dev_get.restype = ctypes.c_void_p
+    # ggml_backend_buffer_type_t ggml_backend_dev_buffer_type(ggml_backend_dev_t device)
+    libggml.ggml_backend_dev_buffer_type.argtypes = [ctypes.c_void_p]
+    libggml.ggml_backend_dev_buffer_type.restype = ctypes.c_void_p
+    # size_t ggml_backend_dev_count(void)
+    libggml.ggml_backend_dev_count.argtypes = []
+    libggml.ggml_backend_dev_count.restype = ctypes.c_size_t
+    # ggml_backend_dev_t ggml_backend_dev_get(size_t index)
+    libggml.ggml_backend_dev_get.argtypes = [ctypes.c_size_t]
+    libggml.ggml_backend_dev_get.restype = ctypes.c_void_p
+    # enum ggml_backend_dev_type ggml_backend_dev_type(ggml_backend_dev_t device)
+    libggml.ggml_backend_dev_type.argtypes = [ctypes.c_void_p]
+    libggml.ggml_backend_dev_type.restype = ctypes.c_int
+    for name in ("ggml_backend_dev_name", "ggml_backend_dev_description"):
+        # const char * ggml_backend_dev_name(ggml_backend_dev_t device), and the same of ggml_backend_dev_description
+        getattr(libggml, name).argtypes = [ctypes.c_void_p]
+        getattr(libggml, name).restype = ctypes.c_char_p
+    # const char * ggml_version(void)
+    libggml.ggml_version.argtypes = []
+    libggml.ggml_version.restype = ctypes.c_char_p
+    library: ctypes.CDLL = libggml
+    return library
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    # int hybrimoe_abi_version(void)
+    library.hybrimoe_abi_version.argtypes = []
+    library.hybrimoe_abi_version.restype = ctypes.c_int
+    for name in ("hybrimoe_version", "hybrimoe_ggml_version", "hybrimoe_check_ggml"):
+        # const char * NAME(void)
+        getattr(library, name).argtypes = []
+        getattr(library, name).restype = ctypes.c_char_p
+    # int hybrimoe_configure(const char * json, char * error, size_t error_size)
+    library.hybrimoe_configure.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t]
+    library.hybrimoe_configure.restype = ctypes.c_int
+    # uint64_t hybrimoe_last_instance(void)
+    library.hybrimoe_last_instance.argtypes = []
+    library.hybrimoe_last_instance.restype = ctypes.c_uint64
+    # int32_t hybrimoe_n_layers(uint64_t instance)
+    library.hybrimoe_n_layers.argtypes = [ctypes.c_uint64]
+    library.hybrimoe_n_layers.restype = ctypes.c_int32
+    # int hybrimoe_get_layer_counters(uint64_t instance, int32_t layer, struct hybrimoe_layer_counters * out)
+    library.hybrimoe_get_layer_counters.argtypes = [ctypes.c_uint64, ctypes.c_int32, ctypes.POINTER(_LayerCounters)]
+    library.hybrimoe_get_layer_counters.restype = ctypes.c_int
+    # uint64_t hybrimoe_n_nodes_delegated(uint64_t instance)
+    library.hybrimoe_n_nodes_delegated.argtypes = [ctypes.c_uint64]
+    library.hybrimoe_n_nodes_delegated.restype = ctypes.c_uint64
+    # int hybrimoe_reset_counters(uint64_t instance)
+    library.hybrimoe_reset_counters.argtypes = [ctypes.c_uint64]
+    library.hybrimoe_reset_counters.restype = ctypes.c_int
+
+
+def _installed(name: str) -> Path:
+    """The file `name` in this package, also in an editable install, whose compiled files stand in site-packages."""
+    import hybrimoe.native
+
+    for folder in hybrimoe.native.__path__:
+        if (Path(folder) / name).is_file():
+            return Path(folder) / name
+    return Path(__file__).with_name(name)
+
+
+def _text(value: bytes | None) -> str:
+    return (value or b"").decode("utf-8", "replace")
