@@ -75,7 +75,7 @@ def _one_line(text: str) -> str:
 
 
 def render(error: HybrimoeError) -> str:
-    """The two lines a user reads, without a trailing line break: `error: ...` and, where there is a hint, `hint: ...`."""
+    """The two lines a user reads: `error: ...` and, where there is a hint, `hint: ...`. No final line break."""
     lines = [f"error: {_one_line(error.message)}"]
     if error.hint:
         lines.append(f"hint: {_one_line(error.hint)}")
@@ -93,6 +93,6 @@ _OS_HINTS = {
 
 
 def from_os_error(error: OSError, doing: str, hint: str = "") -> HybrimoeError:
-    """`error` as a run-time failure: 'cannot <doing>: <reason>'. `hint` replaces the one that the error number suggests."""
+    """`error` as a run-time failure: 'cannot <doing>: <reason>'. `hint` replaces the one for its error number."""
     reason = error.strerror or str(error) or type(error).__name__
     return HybrimoeError(f"cannot {doing}: {reason}", hint or _OS_HINTS.get(error.errno or 0, ""))
