@@ -135,9 +135,14 @@ def load_plugin() -> Plugin:
 
 @functools.cache
 def ggml_library() -> ctypes.CDLL:
-    """llama_cpp's own copy of libggml, with the few functions that the package calls declared."""
-    from llama_cpp._ggml import libggml
+    """The libggml that llama_cpp's libllama uses, with the few functions that the package calls declared.
 
+    Reached through libllama's handle: a wheel holds several copies of libggml, each with a backend registry of its own,
+    and opening one by its path may give another than libllama's.
+    """
+    from llama_cpp.llama_cpp import _lib as libllama
+
+    libggml = ctypes.CDLL(libllama._name, handle=libllama._handle)
     # ggml_backend_reg_t ggml_backend_load(const char * path)
     libggml.ggml_backend_load.argtypes = [ctypes.c_char_p]
     libggml.ggml_backend_load.restype = ctypes.c_void_p
@@ -163,8 +168,7 @@ def ggml_library() -> ctypes.CDLL:
     # const char * ggml_version(void)
     libggml.ggml_version.argtypes = []
     libggml.ggml_version.restype = ctypes.c_char_p
-    library: ctypes.CDLL = libggml
-    return library
+    return libggml
 
 
 def _declare(library: ctypes.CDLL) -> None:

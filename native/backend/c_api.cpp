@@ -1,0 +1,98 @@
+#include "counters.h"
+#include "cpu_executor.h"
+#include "ggml-release.h"
+#include "hybrimoe.h"
+#include "settings.h"
+
+#include "ggml-backend-impl.h"
+
+#include <cstdio>
+#include <cstring>
+#include <exception>
+#include <string>
+
+namespace {
+
+std::string describe_mismatch() {
+    const std::string running = ggml_version();
+    if (running != HYBRIMOE_GGML_VERSION) {
+        return "the plug-in is compiled for ggml " HYBRIMOE_GGML_VERSION ", the running ggml is " + running;
+    }
+    ggml_backend_dev_t cpu = hybrimoe::find_cpu_device();
+    if (cpu != nullptr && ggml_backend_dev_backend_reg(cpu)->api_version != GGML_BACKEND_API_VERSION) {
+        return "the plug-in is compiled for ggml's backend API " + std::to_string(GGML_BACKEND_API_VERSION) +
+               ", the running ggml has " + std::to_string(ggml_backend_dev_backend_reg(cpu)->api_version);
+    }
+    // A ggml of the same version whose structures differ is a patched build: reading its tensors would be undefined.
+    ggml_init_params params{};
+    params.mem_size     = 2 * ggml_tensor_overhead() + 2 * sizeof(ggml_tensor);
+    params.no_alloc     = true;
+    ggml_context * ctx  = ggml_init(params);
+    ggml_tensor *  head = ctx == nullptr ? nullptr : ggml_new_tensor_1d(ctx, GGML_TYPE_F32, 1);
+    const bool     same = head != nullptr && ggml_used_mem(ctx) == ggml_tensor_overhead() &&
+                      std::strcmp(ggml_op_name(GGML_OP_GLU), "GLU") == 0 &&
+                      ggml_tensor_overhead() > sizeof(ggml_tensor) && ggml_tensor_overhead() - sizeof(ggml_tensor) < 128;
+    ggml_free(ctx);
+    return same ? std::string() : "the running ggml " + running + " has other structures than the plug-in's headers";
+}
+
+} // namespace
+
+extern "C" {
+
+int hybrimoe_abi_version(void) { return HYBRIMOE_ABI_VERSION; }
+
+const char * hybrimoe_version(void) { return HYBRIMOE_VERSION; }
+
+const char * hybrimoe_ggml_version(void) { return HYBRIMOE_GGML_VERSION; }
+
+int hybrimoe_ggml_backend_api_version(void) { return GGML_BACKEND_API_VERSION; }
+
+const char * hybrimoe_check_ggml(void) {
+    static const std::string mismatch = describe_mismatch();
+    return mismatch.empty() ? nullptr : mismatch.c_str();
+}
+
+int hybrimoe_configure(const char * json, char * error, size_t error_size) {
+    try {
+        hybrimoe::set_current_settings(hybrimoe::parse_settings(json, hybrimoe::current_settings()));
+        return 0;
+    } catch (const std::exception & problem) {
+        if (error != nullptr && error_size > 0) {
+            std::snprintf(error, error_size, "%s", problem.what());
+        }
+        return -1;
+    }
+}
+
+uint64_t hybrimoe_last_instance(void) { return hybrimoe::last_instance_of_thread(); }
+
+int32_t hybrimoe_n_layers(uint64_t instance) {
+    const auto data = hybrimoe::find_instance(instance);
+    return data == nullptr ? 0 : data->n_layers();
+}
+
+int hybrimoe_get_layer_counters(uint64_t instance, int32_t layer, struct hybrimoe_layer_counters * out) {
+    const auto data = hybrimoe::find_instance(instance);
+    if (data == nullptr || layer < 0 || layer >= data->n_layers()) {
+        return -1;
+    }
+    *out = data->read(layer);
+    return 0;
+}
+
+uint64_t hybrimoe_n_nodes_delegated(uint64_t instance) {
+    const auto data = hybrimoe::find_instance(instance);
+    return data == nullptr ? 0 : data->n_nodes_delegated.load(std::memory_order_relaxed);
+}
+
+int hybrimoe_reset_counters(uint64_t instance) {
+    const auto data = hybrimoe::find_instance(instance);
+    if (data == nullptr) {
+        return -1;
+    }
+    data->reset();
+    return 0;
+}
+
+} // extern "C"

@@ -1,0 +1,74 @@
+#include "cpu_executor.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+namespace hybrimoe {
+
+namespace {
+
+template <typename function> function find_function(ggml_backend_dev_t device, const char * name) {
+    return reinterpret_cast<function>(ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(device), name));
+}
+
+} // namespace
+
+ggml_backend_dev_t find_cpu_device() { return ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU); }
+
+cpu_executor::cpu_executor() {
+    ggml_backend_dev_t device = find_cpu_device();
+    if (device == nullptr) {
+        throw std::runtime_error("ggml has no CPU backend");
+    }
+    set_n_threads_ = find_function<ggml_backend_set_n_threads_t>(device, "ggml_backend_set_n_threads");
+    backend_       = set_n_threads_ == nullptr ? nullptr : ggml_backend_dev_init(device, nullptr);
+    if (backend_ == nullptr) {
+        throw std::runtime_error("ggml's CPU backend could not be started");
+    }
+}
+
+cpu_executor::~cpu_executor() {
+    ggml_free(graph_context_);
+    ggml_backend_free(backend_);
+}
+
+void cpu_executor::reserve(int n_nodes) {
+    if (n_nodes <= capacity_) {
+        return;
+    }
+    const size_t capacity = static_cast<size_t>(std::max(n_nodes, 128));
+    ggml_free(graph_context_);
+    ggml_init_params params{};
+    params.mem_size = ggml_graph_overhead_custom(capacity, false);
+    params.no_alloc = true;
+    graph_context_  = ggml_init(params);
+    graph_          = ggml_new_graph_custom(graph_context_, capacity, false);
+    capacity_       = static_cast<int>(capacity);
+}
+
+ggml_status cpu_executor::run(ggml_tensor ** nodes, int n_nodes, int n_threads) {
+    if (n_nodes == 0) {
+        return GGML_STATUS_SUCCESS;
+    }
+    reserve(n_nodes);
+    ggml_graph_clear(graph_);
+    for (int i = 0; i < n_nodes; i++) {
+        ggml_graph_add_node(graph_, nodes[i]);
+    }
+    if (n_threads != n_threads_) {
+        set_n_threads_(backend_, n_threads);
+        n_threads_ = n_threads;
+    }
+    return ggml_backend_graph_compute(backend_, graph_);
+}
+
+void cpu_executor::set_abort_callback(ggml_abort_callback callback, void * data) {
+    using setter = void (*)(ggml_backend_t, ggml_abort_callback, void *);
+    const auto set =
+        find_function<setter>(ggml_backend_get_device(backend_), "ggml_backend_set_abort_callback");
+    if (set != nullptr) {
+        set(backend_, callback, data);
+    }
+}
+
+} // namespace hybrimoe

@@ -1,0 +1,224 @@
+// The ggml backend: one device of type ACCEL with a host buffer type, found by any llama.cpp that loads this library.
+// Read from the bottom: registry, device, backend, buffer type.
+#include "claim.h"
+#include "counters.h"
+#include "dispatch.h"
+#include "ggml-release.h"
+#include "hybrimoe.h"
+#include "settings.h"
+
+#include "ggml-backend-impl.h"
+
+#include <cstdio>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <string>
+
+namespace hybrimoe {
+
+namespace {
+
+constexpr const char * backend_name = "HybriMoE";
+
+ggml_backend_reg_t         registry();
+ggml_backend_dev_t         device();
+ggml_backend_buffer_type_t buffer_type();
+
+// --- buffer type: plain host memory under a name of its own, so that the scheduler sends its users to our backend
+
+const char * buffer_type_name(ggml_backend_buffer_type_t) { return backend_name; }
+
+ggml_backend_buffer_t buffer_type_alloc(ggml_backend_buffer_type_t buft, size_t size) {
+    ggml_backend_buffer_t buffer = ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), size);
+    if (buffer != nullptr) {
+        buffer->buft = buft;
+    }
+    return buffer;
+}
+
+size_t buffer_type_alignment(ggml_backend_buffer_type_t) {
+    return ggml_backend_buft_get_alignment(ggml_backend_cpu_buffer_type());
+}
+
+bool buffer_type_is_host(ggml_backend_buffer_type_t) { return true; }
+
+ggml_backend_buffer_type_t buffer_type() {
+    static ggml_backend_buffer_type type = [] {
+        ggml_backend_buffer_type made{};
+        made.iface.get_name      = buffer_type_name;
+        made.iface.alloc_buffer  = buffer_type_alloc;
+        made.iface.get_alignment = buffer_type_alignment;
+        made.iface.is_host       = buffer_type_is_host;
+        made.device              = device();
+        return made;
+    }();
+    return &type;
+}
+
+// --- backend: one instance per llama_context
+
+struct backend_state {
+    explicit backend_state(instance_ticket ticket) : id(ticket.id), dispatch(current_settings(), std::move(ticket.data)) {}
+    ~backend_state() { forget_instance(id); }
+
+    uint64_t   id;
+    dispatcher dispatch;
+};
+
+backend_state & state_of(ggml_backend_t backend) { return *static_cast<backend_state *>(backend->context); }
+
+const char * backend_get_name(ggml_backend_t) { return backend_name; }
+
+void backend_free(ggml_backend_t backend) {
+    delete static_cast<backend_state *>(backend->context);
+    delete backend;
+}
+
+ggml_status backend_graph_compute(ggml_backend_t backend, ggml_cgraph * graph) {
+    try {
+        return state_of(backend).dispatch.compute(graph);
+    } catch (const std::bad_alloc &) {
+        return GGML_STATUS_ALLOC_FAILED;
+    } catch (const std::exception & error) {
+        std::fprintf(stderr, "HybriMoE: %s\n", error.what());
+        return GGML_STATUS_FAILED;
+    }
+}
+
+ggml_guid_t backend_guid() {
+    static ggml_guid guid = {0x68, 0x79, 0x62, 0x72, 0x69, 0x6d, 0x6f, 0x65, 0x9d, 0x1c, 0x4e, 0x53, 0xa7, 0x20, 0x3b, 0xf1};
+    return &guid;
+}
+
+void backend_set_n_threads(ggml_backend_t backend, int n_threads) { state_of(backend).dispatch.set_n_threads(n_threads); }
+
+void backend_set_abort_callback(ggml_backend_t backend, ggml_abort_callback callback, void * data) {
+    state_of(backend).dispatch.set_abort_callback(callback, data);
+}
+
+// --- device
+
+const char * device_get_name(ggml_backend_dev_t) { return backend_name; }
+
+const char * device_get_description(ggml_backend_dev_t) { return "hybrid CPU and GPU dispatch of MoE experts"; }
+
+void device_get_memory(ggml_backend_dev_t, size_t * free, size_t * total) {
+    *free  = 0; // none of its own: experts live in the host's memory
+    *total = 0;
+}
+
+enum ggml_backend_dev_type device_get_type(ggml_backend_dev_t) { return GGML_BACKEND_DEVICE_TYPE_ACCEL; }
+
+void device_get_props(ggml_backend_dev_t dev, ggml_backend_dev_props * props) {
+    *props             = {};
+    props->name        = device_get_name(dev);
+    props->description = device_get_description(dev);
+    props->type        = device_get_type(dev);
+    // The file's memory map becomes the experts' buffer; they are never copied.
+    props->caps.buffer_from_host_ptr = true;
+    props->caps.mmap_support         = true;
+}
+
+ggml_backend_t device_init_backend(ggml_backend_dev_t dev, const char *) {
+    try {
+        auto           state = std::make_unique<backend_state>(register_instance());
+        ggml_backend_t made  = new ggml_backend{};
+        made->guid                = backend_guid();
+        made->iface.get_name      = backend_get_name;
+        made->iface.free          = backend_free;
+        made->iface.graph_compute = backend_graph_compute;
+        made->device              = dev;
+        made->context             = state.release();
+        return made;
+    } catch (const std::exception & error) {
+        std::fprintf(stderr, "HybriMoE: %s\n", error.what());
+        return nullptr;
+    }
+}
+
+ggml_backend_buffer_type_t device_get_buffer_type(ggml_backend_dev_t) { return buffer_type(); }
+
+ggml_backend_buffer_t device_buffer_from_host_ptr(ggml_backend_dev_t, void * ptr, size_t size, size_t) {
+    ggml_backend_buffer_t buffer = ggml_backend_cpu_buffer_from_ptr(ptr, size);
+    if (buffer != nullptr) {
+        buffer->buft = buffer_type();
+    }
+    return buffer;
+}
+
+bool device_supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
+    ggml_backend_dev_t cpu = find_cpu_device();
+    return cpu != nullptr && claims(op, buffer_type(), cpu);
+}
+
+bool device_supports_buft(ggml_backend_dev_t, ggml_backend_buffer_type_t buft) { return ggml_backend_buft_is_host(buft); }
+
+ggml_backend_dev_t device() {
+    static ggml_backend_device the_device = [] {
+        ggml_backend_device made{};
+        made.iface.get_name             = device_get_name;
+        made.iface.get_description      = device_get_description;
+        made.iface.get_memory           = device_get_memory;
+        made.iface.get_type             = device_get_type;
+        made.iface.get_props            = device_get_props;
+        made.iface.init_backend         = device_init_backend;
+        made.iface.get_buffer_type      = device_get_buffer_type;
+        made.iface.buffer_from_host_ptr = device_buffer_from_host_ptr;
+        made.iface.supports_op          = device_supports_op;
+        made.iface.supports_buft        = device_supports_buft;
+        made.reg                        = registry();
+        return made;
+    }();
+    return &the_device;
+}
+
+// --- registry
+
+const char * registry_get_name(ggml_backend_reg_t) { return backend_name; }
+
+size_t registry_get_device_count(ggml_backend_reg_t) { return 1; }
+
+ggml_backend_dev_t registry_get_device(ggml_backend_reg_t, size_t) { return device(); }
+
+void * registry_get_proc_address(ggml_backend_reg_t, const char * name) {
+    if (std::strcmp(name, "ggml_backend_set_n_threads") == 0) {
+        return reinterpret_cast<void *>(backend_set_n_threads);
+    }
+    if (std::strcmp(name, "ggml_backend_set_abort_callback") == 0) {
+        return reinterpret_cast<void *>(backend_set_abort_callback);
+    }
+    return nullptr;
+}
+
+ggml_backend_reg_t registry() {
+    static ggml_backend_reg the_registry = [] {
+        ggml_backend_reg made{};
+        made.api_version            = GGML_BACKEND_API_VERSION;
+        made.iface.get_name         = registry_get_name;
+        made.iface.get_device_count = registry_get_device_count;
+        made.iface.get_device       = registry_get_device;
+        made.iface.get_proc_address = registry_get_proc_address;
+        return made;
+    }();
+    return &the_registry;
+}
+
+} // namespace
+
+} // namespace hybrimoe
+
+extern "C" {
+
+GGML_BACKEND_API ggml_backend_reg_t ggml_backend_init(void);
+
+ggml_backend_reg_t ggml_backend_init(void) {
+    const char * mismatch = hybrimoe_check_ggml();
+    if (mismatch != nullptr) {
+        std::fprintf(stderr, "HybriMoE: %s\n", mismatch);
+        return nullptr;
+    }
+    return hybrimoe::registry();
+}
+
+} // extern "C"
