@@ -1,0 +1,49 @@
+"""Fixtures shared by all tests: models. Small random ones are written once and kept in pytest's cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TOOLS = ROOT / "tools"
+# The makers of test models are scripts that import each other by name.
+sys.path.insert(0, str(TOOLS))
+
+
+@pytest.fixture(scope="session")
+def tiny_models_dir(request: pytest.FixtureRequest) -> Path:
+    """Where random tiny models are kept between runs; another folder once their makers change."""
+    sources = [TOOLS / "moe_shapes.py", TOOLS / "make_tiny_models.py", ROOT / "hybrimoe" / "models" / "quantise.py"]
+    version = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
+    if request.config.pluginmanager.hasplugin("cacheprovider"):
+        return Path(request.config.cache.mkdir(f"tiny-models-{version}"))  # type: ignore[union-attr]
+    return Path(request.getfixturevalue("tmp_path_factory").mktemp("tiny-models"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_models_dir: Path) -> Callable[..., Path]:
+    """`tiny_model(arch, type="F32", expert_type=None)` is the path of a random tiny model of that kind.
+
+    `arch` is a name that `tools/make_tiny_models.py --list` shows.
+    """
+    from make_tiny_models import write_tiny_model
+
+    def make(arch: str, type: str = "F32", expert_type: str | None = None) -> Path:
+        suffix = f"-{expert_type}" if expert_type else ""
+        path = tiny_models_dir / f"tiny-{arch}-{type}{suffix}.gguf"
+        return path if path.exists() else write_tiny_model(path, arch, type, expert_type=expert_type)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The full demo model, built on first use and kept in the model store (where `make chat` puts it as well)."""
+    from hybrimoe.models import store
+
+    return store.build_demo()
