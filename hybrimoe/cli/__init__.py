@@ -1,0 +1,1 @@
+"""The `hybrimoe` command: one module per command."""

@@ -1,0 +1,279 @@
+"""The flags of `chat` and `run`: llama.cpp's names, environment variables and defaults, and our own.
+
+Names and variables are those of llama.cpp's common/arg.cpp, defaults those of its common/common.h. A flag stands here
+only once it does something.
+"""
+
+from __future__ import annotations
+
+from hybrimoe.config import Option, choice, flash_attention, gpu_layers, integer, number, seed
+
+_KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
+
+MODEL, SAMPLING, PROMPT, OUTPUT = "Model and speed", "Sampling", "Prompt", "Output"
+
+MODEL_OPTIONS: tuple[Option, ...] = (
+    Option(
+        ("-m", "--model"),
+        "Model: a GGUF file (of a split model its first part) or a name from 'hybrimoe models list'.",
+        metavar="MODEL",
+        environment="LLAMA_ARG_MODEL",
+        section=MODEL,
+    ),
+    Option(
+        ("-c", "--ctx-size"),
+        "Context in tokens; 0: what the model was trained with.",
+        0,
+        integer(0),
+        "N",
+        "LLAMA_ARG_CTX_SIZE",
+        section=MODEL,
+    ),
+    Option(("-b", "--batch-size"), "Logical batch size.", 2048, integer(1), "N", "LLAMA_ARG_BATCH", section=MODEL),
+    Option(("-ub", "--ubatch-size"), "Physical batch size.", 512, integer(1), "N", "LLAMA_ARG_UBATCH", section=MODEL),
+    Option(
+        ("-t", "--threads"),
+        "CPU threads; default one per physical core, 0: one per hardware thread.",
+        None,
+        integer(),
+        "N",
+        "LLAMA_ARG_THREADS",
+        section=MODEL,
+    ),
+    Option(
+        ("-tb", "--threads-batch"),
+        "CPU threads for prompts; default as --threads.",
+        None,
+        integer(),
+        "N",
+        section=MODEL,
+    ),
+    Option(
+        ("-ngl", "--n-gpu-layers", "--gpu-layers"),
+        "Layers whose dense part goes to the GPU: a number, auto or all (needs a GPU build of llama-cpp-python).",
+        -1,
+        gpu_layers,
+        "N",
+        "LLAMA_ARG_N_GPU_LAYERS",
+        section=MODEL,
+    ),
+    Option(
+        ("-fa", "--flash-attn"),
+        "Flash attention: on, off or auto.",
+        "auto",
+        flash_attention,
+        "WHEN",
+        "LLAMA_ARG_FLASH_ATTN",
+        section=MODEL,
+    ),
+    Option(
+        ("-ctk", "--cache-type-k"),
+        "Type of the KV cache's keys: f32, f16, bf16, q8_0, q4_0, q4_1, iq4_nl, q5_0, q5_1.",
+        "f16",
+        choice(*_KV_TYPES),
+        "TYPE",
+        "LLAMA_ARG_CACHE_TYPE_K",
+        section=MODEL,
+    ),
+    Option(
+        ("-ctv", "--cache-type-v"),
+        "Type of the KV cache's values.",
+        "f16",
+        choice(*_KV_TYPES),
+        "TYPE",
+        "LLAMA_ARG_CACHE_TYPE_V",
+        section=MODEL,
+    ),
+    Option(
+        ("-lm", "--load-mode"),
+        "How weights are read: auto, none, mmap, mlock, mmap+mlock or dio.",
+        "auto",
+        choice("auto", "none", "mmap", "mlock", "mmap+mlock", "dio"),
+        "MODE",
+        "LLAMA_ARG_LOAD_MODE",
+        section=MODEL,
+    ),
+    Option(
+        ("--repack",),
+        "Let llama.cpp keep a repacked copy of dense weights.",
+        True,
+        None,
+        environment="LLAMA_ARG_REPACK",
+        no_flags=("-nr", "--no-repack"),
+        section=MODEL,
+    ),
+    Option(
+        ("--warmup",),
+        "One empty step after loading.",
+        True,
+        None,
+        no_flags=("--no-warmup",),
+        section=MODEL,
+    ),
+    Option(
+        ("-ot", "--override-tensor"),
+        "Buffer type of tensors, PATTERN=TYPE,...; goes before all other placement.",
+        (),
+        str,
+        "RULE",
+        "LLAMA_ARG_OVERRIDE_TENSOR",
+        repeats=True,
+        section=MODEL,
+    ),
+    Option(
+        ("-cmoe", "--cpu-moe"),
+        "Keep all experts on the CPU.",
+        False,
+        None,
+        environment="LLAMA_ARG_CPU_MOE",
+        no_flags=("-no-cmoe", "--no-cpu-moe"),
+        section=MODEL,
+    ),
+    Option(
+        ("-ncmoe", "--n-cpu-moe"),
+        "Keep the experts of the first N layers on the CPU.",
+        0,
+        integer(0, 512),
+        "N",
+        "LLAMA_ARG_N_CPU_MOE",
+        section=MODEL,
+    ),
+    Option(
+        ("--plugin",),
+        "Run experts in the HybriMoE plug-in; without it everything is plain llama.cpp.",
+        True,
+        None,
+        no_flags=("--no-plugin",),
+        section=MODEL,
+    ),
+)
+
+SAMPLING_OPTIONS: tuple[Option, ...] = (
+    Option(
+        ("-n", "--n-predict", "--predict"),
+        "Most tokens of an answer; -1: no limit.",
+        -1,
+        integer(-2),
+        "N",
+        "LLAMA_ARG_N_PREDICT",
+        section=SAMPLING,
+    ),
+    Option(
+        ("--temp", "--temperature"),
+        "Temperature; 0: always the likeliest token.",
+        0.8,
+        number(),
+        "T",
+        "LLAMA_ARG_TEMPERATURE",
+        section=SAMPLING,
+    ),
+    Option(("--top-k",), "Draw from the K likeliest; 0: off.", 40, integer(), "K", "LLAMA_ARG_TOP_K", section=SAMPLING),
+    Option(("--top-p",), "Nucleus sampling; 1: off.", 0.95, number(0, 1), "P", "LLAMA_ARG_TOP_P", section=SAMPLING),
+    Option(
+        ("--min-p",),
+        "Least share of the likeliest token's probability; 0: off.",
+        0.05,
+        number(0, 1),
+        "P",
+        "LLAMA_ARG_MIN_P",
+        section=SAMPLING,
+    ),
+    Option(("--typical", "--typical-p"), "Locally typical sampling; 1: off.", 1.0, number(0, 1), "P", section=SAMPLING),
+    Option(
+        ("--repeat-penalty",),
+        "Penalty on repeated tokens; 1: off.",
+        1.0,
+        number(1e-6),
+        "X",
+        "LLAMA_ARG_REPEAT_PENALTY",
+        section=SAMPLING,
+    ),
+    Option(("--repeat-last-n",), "Last tokens that penalties consider; 0: off.", 64, integer(0), "N", section=SAMPLING),
+    Option(
+        ("--presence-penalty",),
+        "Penalty on tokens that occurred; 0: off.",
+        0.0,
+        number(),
+        "X",
+        "LLAMA_ARG_PRESENCE_PENALTY",
+        section=SAMPLING,
+    ),
+    Option(
+        ("--frequency-penalty",),
+        "Penalty on tokens by how often they occurred; 0: off.",
+        0.0,
+        number(),
+        "X",
+        "LLAMA_ARG_FREQUENCY_PENALTY",
+        section=SAMPLING,
+    ),
+    Option(("-s", "--seed"), "Seed; -1: a random one.", 0xFFFFFFFF, seed, "N", section=SAMPLING),
+)
+
+SYSTEM_OPTIONS: tuple[Option, ...] = (
+    Option(("-sys", "--system-prompt"), "System prompt.", metavar="TEXT", section=PROMPT),
+    Option(
+        ("-sysf", "--system-prompt-file"), "File with the system prompt.", metavar="FILE", section=PROMPT, in_file=False
+    ),
+    Option(
+        ("-e", "--escape"),
+        r"Read \n, \t and the like in -p and -sys as llama.cpp does.",
+        True,
+        None,
+        no_flags=("--no-escape",),
+        section=PROMPT,
+    ),
+)
+
+RUN_OPTIONS: tuple[Option, ...] = (
+    Option(("-p", "--prompt"), "Prompt.", metavar="TEXT", section=PROMPT, in_file=False),
+    Option(("-f", "--file"), "File with the prompt.", metavar="FILE", section=PROMPT, in_file=False),
+    Option(
+        ("-cnv", "--conversation"),
+        "Put the prompt into the model's chat template; without it the text is continued as it stands.",
+        True,
+        None,
+        no_flags=("-no-cnv", "--no-conversation"),
+        section=PROMPT,
+    ),
+    Option(
+        ("--json",),
+        "Print one JSON object instead of the text.",
+        False,
+        None,
+        no_flags=("--no-json",),
+        section=OUTPUT,
+    ),
+)
+
+OUTPUT_OPTIONS: tuple[Option, ...] = (
+    Option(
+        ("--show-timings",),
+        "Speeds after each answer, on stderr.",
+        True,
+        None,
+        environment="LLAMA_ARG_SHOW_TIMINGS",
+        no_flags=("--no-show-timings",),
+        section=OUTPUT,
+    ),
+    Option(
+        ("--expert-stats",),
+        "What each layer's experts did, on stderr at the end.",
+        False,
+        None,
+        no_flags=("--no-expert-stats",),
+        section=OUTPUT,
+    ),
+    Option(
+        ("-v", "--verbose"),
+        "llama.cpp's log and tracebacks.",
+        False,
+        None,
+        no_flags=("--no-verbose",),
+        section=OUTPUT,
+    ),
+)
+
+CHAT_COMMAND_OPTIONS = MODEL_OPTIONS + SAMPLING_OPTIONS + SYSTEM_OPTIONS + OUTPUT_OPTIONS
+RUN_COMMAND_OPTIONS = MODEL_OPTIONS + SAMPLING_OPTIONS + SYSTEM_OPTIONS + RUN_OPTIONS + OUTPUT_OPTIONS
+ALL_OPTIONS: tuple[Option, ...] = RUN_COMMAND_OPTIONS

@@ -1,0 +1,151 @@
+"""From what the user typed to a loaded engine: which positional is the model, the demo model when there is none."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hybrimoe.cli.console import note, progress, size_text, warn
+from hybrimoe.config import Settings
+from hybrimoe.errors import UsageError
+
+if TYPE_CHECKING:
+    from hybrimoe.engine import Engine, EngineOptions
+    from hybrimoe.generation import Sampling
+
+
+def is_model(text: str) -> bool:
+    """Whether a positional names a model: an existing regular file, a name ending in .gguf, or a known model's name."""
+    from hybrimoe.models import store
+
+    # A long prompt is no file name, and asking the system about one would fail.
+    try:
+        if Path(text).is_file():
+            return True
+    except (OSError, ValueError):
+        return False
+    return text.endswith(".gguf") or text in {model.name for model in store.list_models()} | {store.DEMO}
+
+
+def split_positionals(settings: Settings, positionals: list[str]) -> tuple[str | None, str | None]:
+    """(model, prompt) of `[MODEL] [PROMPT or -]`; None where not given. Raises UsageError for too many."""
+    model = settings.model
+    by_flag = model is not None and settings.sources["model"] == "flag"
+    rest = list(positionals)
+    if not by_flag and rest and (len(rest) == 2 or is_model(rest[0])):
+        model = rest.pop(0)
+    if len(rest) > 1:
+        raise UsageError(f"unexpected argument '{rest[1]}'", 'put the prompt in quotes: hybrimoe run MODEL "a prompt"')
+    return model, rest[0] if rest else None
+
+
+def model_path(model: str | None) -> Path:
+    """The file of a model given by path or name; the demo model, built where it is missing, for None.
+
+    Raises ModelError for unknown names and missing files.
+    """
+    from hybrimoe.models import store
+
+    if model is None or model == store.DEMO:
+        return demo_path()
+    return store.resolve(model)
+
+
+def demo_path() -> Path:
+    """The demo model's file; builds it, with progress, where it is missing."""
+    from hybrimoe.models import store
+
+    existing = store.demo_path()
+    if existing.is_file():
+        return existing
+    note("the built-in demo model is not there yet: building it (once, about a minute)")
+    return store.build_demo_with_progress()
+
+
+def engine_options(settings: Settings) -> EngineOptions:
+    from hybrimoe.engine import EngineOptions
+    from hybrimoe.placement import Placement
+
+    return EngineOptions(
+        n_ctx=settings.ctx_size,
+        n_batch=settings.batch_size,
+        n_ubatch=settings.ubatch_size,
+        n_threads=settings.threads,
+        n_threads_batch=settings.threads_batch,
+        n_gpu_layers=settings.n_gpu_layers,
+        flash_attn=settings.flash_attn,
+        cache_type_k=settings.cache_type_k,
+        cache_type_v=settings.cache_type_v,
+        load_mode=settings.load_mode,
+        repack=settings.repack,
+        warmup=settings.warmup,
+        placement=Placement(settings.override_tensor, settings.cpu_moe, settings.n_cpu_moe),
+        plugin=settings.plugin,
+    )
+
+
+def sampling(settings: Settings) -> Sampling:
+    from hybrimoe.generation import Sampling
+
+    return Sampling(
+        temp=settings.temp,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        min_p=settings.min_p,
+        typical_p=settings.typical,
+        repeat_penalty=settings.repeat_penalty,
+        repeat_last_n=settings.repeat_last_n,
+        presence_penalty=settings.presence_penalty,
+        frequency_penalty=settings.frequency_penalty,
+        seed=settings.seed,
+    )
+
+
+@contextmanager
+def open_engine(settings: Settings, path: Path) -> Iterator[Engine]:
+    """The loaded engine, with progress while loading and warnings about what cannot be used; closed at the end."""
+    from hybrimoe.engine import Engine
+    from hybrimoe.llama_log import llama_log
+
+    llama_log().verbose = settings.verbose
+    _warn_about_gpu(settings)
+    with progress(f"loading {path.name} ({size_text(_total_bytes(path))})") as update:
+        engine = Engine(path, engine_options(settings), progress=update)
+    with engine:
+        warn_unless_verified(engine)
+        yield engine
+
+
+def warn_unless_verified(engine: Engine) -> None:
+    """Says so on stderr when experts did not run where they should; nothing before the first step."""
+    if engine.verification is not None and not engine.verification.ok:
+        warn(engine.verification.message(), "hybrimoe doctor")
+
+
+def _total_bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _warn_about_gpu(settings: Settings) -> None:
+    import llama_cpp
+
+    from hybrimoe import machine
+
+    if llama_cpp.llama_supports_gpu_offload():
+        return
+    if not settings.is_default("n_gpu_layers") and settings.n_gpu_layers != 0:
+        warn("-ngl has no effect: this llama-cpp-python was built without GPU support", "hybrimoe doctor")
+    elif card := machine.notable_gpu():
+        warn(f"{card.name} is not used: this llama-cpp-python was built without GPU support", card.build_command)
+
+
+def flush(text: str) -> None:
+    """Write a piece of an answer to stdout at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
