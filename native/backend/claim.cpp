@@ -74,10 +74,20 @@ public:
         if (t->op == GGML_OP_MUL_MAT_ID) {
             return in_own_buffer(t->src[0]) ? origin::expert : origin::foreign;
         }
+        if (is_weighting(t) && trace(t->src[0]) == origin::expert) {
+            return origin::expert;
+        }
         return is_block_op(t->op) ? trace_inputs(t) : origin::foreign;
     }
 
 private:
+    // One factor per (token, expert) pair, [1, top_k, n_tokens]: a router weight, also when the router runs elsewhere.
+    static bool is_weighting(const ggml_tensor * t) {
+        const ggml_tensor * factor = t->src[1];
+        return t->op == GGML_OP_MUL && factor->ne[0] == 1 && t->ne[0] > 1 && factor->ne[1] == t->ne[1] &&
+               factor->ne[2] == t->ne[2];
+    }
+
     static origin trace_leaf(const ggml_tensor * t) {
         const bool is_weight = t->buffer != nullptr && ggml_backend_buffer_is_host(t->buffer) &&
                                ggml_backend_buffer_get_usage(t->buffer) == GGML_BACKEND_BUFFER_USAGE_WEIGHTS;

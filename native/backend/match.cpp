@@ -55,19 +55,20 @@ bool is_merge_op(const ggml_tensor * t, const ggml_tensor * ids) {
     return t->op == GGML_OP_ADD || t->op == GGML_OP_CONT || is_pairwise(t, ids);
 }
 
-// True when the merge ends in one row per token: [n, n_tokens] from [n, top_k, n_tokens].
-bool sums_over_experts(ggml_tensor ** nodes, const moe_block & block) {
+// True when the block ends in one row per token, [n, n_tokens], or hands on all its pairs, [n, top_k, n_tokens].
+bool ends_whole(ggml_tensor ** nodes, const moe_block & block) {
+    const int64_t top_k    = block.top_k();
+    const int64_t n_tokens = block.n_tokens();
     for (int i = block.end - 1; i >= block.merge; i--) {
         const ggml_tensor * t = nodes[i];
         if (is_view(t)) {
             continue;
         }
-        if (t->op == GGML_OP_SCALE) {
-            continue;
-        }
-        return (t->op == GGML_OP_ADD || t->op == GGML_OP_CONT) && t->ne[1] == block.n_tokens() && t->ne[2] == 1;
+        const bool is_sum   = t->ne[1] == n_tokens && t->ne[2] == 1;
+        const bool is_pairs = t->ne[1] == top_k && t->ne[2] == n_tokens;
+        return is_sum || is_pairs;
     }
-    return false;
+    return true;
 }
 
 const ggml_tensor * find_router(ggml_tensor ** nodes, int begin, int end) {
@@ -149,7 +150,7 @@ private:
             n_products += nodes_[i]->op == GGML_OP_MUL_MAT_ID ? 1 : 0;
         }
         const ggml_tensor * down = nodes_[block.merge - 1];
-        return n_products >= 2 && without_views(down->src[1])->op != GGML_OP_NONE && sums_over_experts(nodes_, block);
+        return n_products >= 2 && without_views(down->src[1])->op != GGML_OP_NONE && ends_whole(nodes_, block);
     }
 
     void push_rest(int begin, int end) {

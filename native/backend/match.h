@@ -34,7 +34,7 @@ struct segment {
 
 // Splits the nodes [0, n_nodes) into segments, in order and without gaps, into `out` (cleared first). A block is
 // recognised when its expert operations share one ids tensor, everything between them is row-wise over (token, expert)
-// pairs, and a sum over each token's experts follows. Whatever else holds experts is a segment with is_block false.
+// pairs, and what follows sums over each token's experts or hands all pairs on. Whatever else holds experts is a segment with is_block false.
 void find_segments(ggml_tensor ** nodes, int n_nodes, std::vector<segment> & out);
 
 } // namespace hybrimoe
