@@ -1,0 +1,124 @@
+#include "eviction_policy.h"
+
+#include <algorithm>
+#include <vector>
+
+namespace hybrimoe {
+namespace {
+
+// Adaptive replacement (Megiddo, Modha, FAST 2003; used by Fate): residents are in T1 (used once) or T2 (again), ghosts
+// of evicted experts in B1 or B2; a hit on a ghost moves the target size of T1.
+class arc final : public eviction_policy {
+public:
+    explicit arc(const model_shape & shape) : shape_(shape) { clear(); }
+
+    void reset() override {
+        clear();
+        for (pool & p : pools_) {
+            const int n_slots = p.n_slots;
+            p                 = pool();
+            p.n_slots         = n_slots;
+        }
+    }
+    void on_pool_size(int pool_id, int n_slots) override {
+        if (static_cast<size_t>(pool_id) >= pools_.size()) {
+            pools_.resize(static_cast<size_t>(pool_id) + 1);
+        }
+        pools_[static_cast<size_t>(pool_id)].n_slots = n_slots;
+        pools_[static_cast<size_t>(pool_id)].target  = std::min(pools_[static_cast<size_t>(pool_id)].target, 1.0 * n_slots);
+    }
+    void on_hit(int pool_id, int key) override { move(pool_id, key, T2); }
+
+    void on_miss(int pool_id, int key) override {
+        pool &    p     = pools_[static_cast<size_t>(pool_id)];
+        const int where = at(key).list;
+        if (where == B1) {
+            p.target = std::min(1.0 * p.n_slots, p.target + std::max(1.0, 1.0 * p.count[B2] / p.count[B1]));
+        } else if (where == B2) {
+            p.target = std::max(0.0, p.target - std::max(1.0, 1.0 * p.count[B1] / p.count[B2]));
+        }
+        // REPLACE takes from T1 while it is above its target.
+        const double n1 = p.count[T1];
+        take_t1_        = n1 >= 1 && (n1 > p.target || (where == B2 && n1 == p.target));
+    }
+
+    double keep_value(int key) const override {
+        const bool in_t1 = entries_[static_cast<size_t>(key)].list == T1;
+        return in_t1 == take_t1_ ? 0.0 : 1.0;
+    }
+
+    void on_evict(int pool_id, int key) override {
+        move(pool_id, key, at(key).list == T2 ? B2 : B1);
+        pool & p = pools_[static_cast<size_t>(pool_id)];
+        while (p.count[T1] + p.count[B1] > p.n_slots && p.count[B1] > 0) {
+            forget_oldest(pool_id, B1);
+        }
+        while (p.count[T1] + p.count[T2] + p.count[B1] + p.count[B2] > 2 * p.n_slots && p.count[B2] > 0) {
+            forget_oldest(pool_id, B2);
+        }
+    }
+
+    void on_admit(int pool_id, int key) override {
+        const int where = at(key).list;
+        move(pool_id, key, where == B1 || where == B2 ? T2 : T1);
+    }
+
+private:
+    enum list : int8_t { none, T1, T2, B1, B2, n_lists };
+    struct entry {
+        int8_t  list = none;
+        int     pool = -1;
+        int64_t tick = 0;
+    };
+    struct pool {
+        int    n_slots = 0;
+        double target  = 0.0;
+        int    count[n_lists] = {};
+    };
+
+    entry & at(int key) { return entries_[static_cast<size_t>(key)]; }
+    void    clear() { entries_.assign(static_cast<size_t>(shape_.n_keys()), entry()); }
+
+    void move(int pool_id, int key, list to) {
+        entry & e = at(key);
+        if (e.pool >= 0) {
+            --pools_[static_cast<size_t>(e.pool)].count[e.list];
+        }
+        ++pools_[static_cast<size_t>(pool_id)].count[to];
+        e = {to, pool_id, ++tick_};
+    }
+
+    void forget_oldest(int pool_id, list from) {
+        entry * oldest = nullptr;
+        for (entry & e : entries_) {
+            if (e.pool == pool_id && e.list == from && (!oldest || e.tick < oldest->tick)) {
+                oldest = &e;
+            }
+        }
+        --pools_[static_cast<size_t>(pool_id)].count[from];
+        *oldest = entry();
+    }
+
+    model_shape        shape_;
+    std::vector<entry> entries_;
+    std::vector<pool>  pools_;
+    int64_t            tick_    = 0;
+    bool               take_t1_ = true; // decision of the last on_miss
+};
+
+} // namespace
+
+extern const policy_entry<eviction_policy> arc_eviction;
+const policy_entry<eviction_policy>        arc_eviction = {
+    "arc",
+    "Balances recency and frequency by the ghosts of evicted experts.",
+    "Fate, arXiv 2502.12224; Megiddo and Modha, FAST 2003",
+    {},
+    nullptr,
+    0,
+    [](const model_shape & shape, const param_values &) -> std::unique_ptr<eviction_policy> {
+        return std::make_unique<arc>(shape);
+    },
+};
+
+} // namespace hybrimoe
