@@ -53,11 +53,13 @@ $(VENV)/.python:
 	@$(PY) -m pip install --quiet --disable-pip-version-check --upgrade pip </dev/null
 	@touch $@
 
-$(VENV)/.llama: $(VENV)/.python native/cmake/llama_cpp_release.txt native/cmake/llama_cpp_trim.cmake
+# One stamp for each value of GPU, of which only the installed one exists: another GPU=... installs anew.
+$(VENV)/.llama-$(GPU): $(VENV)/.python native/cmake/llama_cpp_release.txt native/cmake/llama_cpp_trim.cmake
 	@$(PY) tools/install_llama_cpp.py --gpu $(GPU) </dev/null
+	@rm -f $(VENV)/.llama-*
 	@touch $@
 
-$(VENV)/.hybrimoe: $(VENV)/.llama $(NATIVE)
+$(VENV)/.hybrimoe: $(VENV)/.llama-$(GPU) $(NATIVE)
 	@echo "installing hybrimoe (compiles the plug-in)" >&2
 	@$(PY) -m pip install --quiet --disable-pip-version-check -e . </dev/null
 	@touch $@

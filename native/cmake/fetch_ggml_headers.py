@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -61,11 +62,10 @@ def fetch_sdist(version: str, sha256: str, folder: Path) -> Path:
     """Download the sdist into `folder` through pip (its configured index, proxies and cache apply) and check its hash."""
     print(f"fetching the sdist of {PACKAGE} {version} for ggml's headers (75 MB) ...", file=sys.stderr)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--no-binary", PACKAGE, "--no-build-isolation", f"{PACKAGE}=={version}", "-d", str(folder)]
+    command += ["--no-binary", PACKAGE, f"{PACKAGE}=={version}", "-d", str(folder)]
+    if importlib.util.find_spec("scikit_build_core"):  # the sdist's own build backend: no second environment for it
+        command.append("--no-build-isolation")
     result = subprocess.run(command, stdout=sys.stderr)
-    if result.returncode != 0:  # the backend of the sdist may be missing here: let pip make its own environment
-        command.remove("--no-build-isolation")
-        result = subprocess.run(command, stdout=sys.stderr)
     found = sorted(folder.glob("llama_cpp_python-*.tar.gz"))
     if result.returncode != 0 or not found:
         fail(
