@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -58,8 +59,7 @@ def build_wheel(sdist: Path, gpu: str, folder: Path) -> Path:
     print(f"building llama-cpp-python once (GPU={gpu}): {EXPECTED_MINUTES[gpu]}", file=sys.stderr)
     options = ["-DLLAVA_BUILD=OFF", f"-DCMAKE_PROJECT_llama.cpp_INCLUDE={TRIM}", *CMAKE_OPTIONS[gpu]]
     environment = dict(os.environ)
-    given = environment.get("CMAKE_ARGS", "")
-    environment["CMAKE_ARGS"] = ";".join([*options, *given.split()])
+    environment["CMAKE_ARGS"] = " ".join([shlex.join(options), environment.get("CMAKE_ARGS", "")])
     environment.setdefault("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 2))
     command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--disable-pip-version-check"]
     command += [str(sdist), "-w", str(folder)]
