@@ -1,0 +1,212 @@
+"""One side of a comparison: `python worker.py plain|plugin FOLDER` answers requests until its input ends.
+
+Each request is a line of JSON, `{"scenario": NAME, "model": PATH, ...}`; each reply is a line of JSON whose `arrays`
+names an npz file in FOLDER. A process of its own for each side, because a loaded plug-in changes plain llama.cpp.
+Random token ids are used, so any vocabulary will do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+
+import numpy as np
+from llama_forward import Context, ForwardError, Model, Tensors
+
+Arrays = dict[str, "np.ndarray[Any, Any]"]
+Facts = dict[str, Any]
+
+
+def random_tokens(model: Model, n: int, seed: int = 0) -> list[int]:
+    return [int(t) for t in np.random.default_rng(seed).integers(1, model.n_vocab, n)]
+
+
+def counted(context: Context) -> Facts:
+    return {
+        "instance": context.instance,
+        "layers": [asdict(layer) for layer in context.counters()],
+        "n_nodes_delegated": context.n_nodes_delegated(),
+    }
+
+
+def run_prompt(context: Context, tokens: list[int], n_prefill: int, name: str, arrays: Arrays, **options: Any) -> None:
+    """A prefill of `n_prefill` tokens, then the rest one by one."""
+    arrays[f"{name}/prefill"] = context.forward(tokens[:n_prefill], 0, **options)
+    for i, token in enumerate(tokens[n_prefill:]):
+        arrays[f"{name}/decode{i}"] = context.forward([token], n_prefill + i, **options)
+
+
+def logits(
+    model: Model, prefill: list[int], decode: int = 4, threads: int = 2, last_only: bool = False
+) -> tuple[Arrays, Facts]:
+    """Prompts of the given lengths, each from an empty cache, each followed by `decode` single tokens."""
+    arrays: Arrays = {}
+    with Context(model, n_threads=threads) as context:
+        for length in prefill:
+            context.clear()
+            run_prompt(context, random_tokens(model, length + decode), length, str(length), arrays, last_only=last_only)
+        return arrays, {"steps": [n for length in prefill for n in (length, *[1] * decode)], **counted(context)}
+
+
+def greedy(model: Model, prompts: list[str], n_predict: int, threads: int = 2) -> tuple[Arrays, Facts]:
+    """Greedy continuations. The logits that chose each token are kept too."""
+    arrays: Arrays = {}
+    with Context(model, n_threads=threads) as context:
+        for index, prompt in enumerate(prompts):
+            context.clear()
+            tokens = model.tokenize(prompt)
+            row = context.forward(tokens, 0, last_only=True)[0]
+            chosen, rows = [], []
+            for _ in range(n_predict):
+                rows.append(row)
+                chosen.append(int(row.argmax()))
+                row = context.forward([chosen[-1]], len(tokens) + len(chosen) - 1)[0]
+            arrays[f"{index}/tokens"] = np.array(chosen)
+            arrays[f"{index}/logits"] = np.stack(rows)
+        return arrays, counted(context)
+
+
+def forced(model: Model, prompts: list[str], continuations: list[list[int]], threads: int = 2) -> tuple[Arrays, Facts]:
+    """Logits along given continuations, so that two sides see the same tokens even when they would choose others."""
+    arrays: Arrays = {}
+    with Context(model, n_threads=threads) as context:
+        for index, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True)):
+            context.clear()
+            tokens = model.tokenize(prompt)
+            rows = [context.forward(tokens, 0, last_only=True)[0]]
+            rows += [context.forward([t], len(tokens) + i)[0] for i, t in enumerate(continuation[:-1])]
+            arrays[f"{index}/logits"] = np.stack(rows)
+        return arrays, counted(context)
+
+
+def callback(model: Model, watch: str, n_prefill: int = 7, decode: int = 2) -> tuple[Arrays, Facts]:
+    """An evaluation callback that asks for values in the middle of graphs, which llama.cpp then cuts into pieces.
+
+    `watch`: "all" nodes, every "third", or "experts" (nodes named ffn_moe_*). Keeps a checksum of each value seen.
+    """
+    tensors = Tensors()
+    seen: list[tuple[str, int]] = []
+    n_asked = 0
+
+    def on_node(tensor: int, ask: bool) -> bool:
+        nonlocal n_asked
+        if ask:
+            n_asked += 1
+            if watch == "experts":
+                return tensors.name(tensor).startswith("ffn_moe_")
+            return watch == "all" or n_asked % 3 == 0
+        value = tensors.value(tensor)
+        if value is not None:
+            seen.append((tensors.name(tensor), zlib.crc32(value)))
+        return True
+
+    arrays: Arrays = {}
+    with Context(model, on_node=on_node) as context:
+        run_prompt(context, random_tokens(model, n_prefill + decode), n_prefill, watch, arrays)
+        return arrays, {"seen": seen, "n_asked": n_asked, **counted(context)}
+
+
+def warmup(model: Model) -> tuple[Arrays, Facts]:
+    """llama.cpp's warm-up step, which runs every expert, then a plain prompt."""
+    arrays: Arrays = {}
+    with Context(model) as context:
+        tokens = random_tokens(model, 11)
+        context.set_warmup(True)
+        arrays["warmup"] = context.forward(tokens[:2], 0)
+        facts = counted(context)
+        context.set_warmup(False)
+        context.clear()
+        run_prompt(context, tokens, 7, "after", arrays)
+        return arrays, {"after_warmup": facts, **counted(context)}
+
+
+def thread_counts(model: Model, counts: list[int]) -> tuple[Arrays, Facts]:
+    """The same prompt on one context whose number of threads changes."""
+    arrays: Arrays = {}
+    with Context(model, n_threads=counts[0]) as context:
+        for i, count in enumerate(counts):
+            context.set_threads(count)
+            context.clear()
+            run_prompt(context, random_tokens(model, 35), 33, f"{i}-{count}", arrays)
+        return arrays, counted(context)
+
+
+def two_contexts(model: Model) -> tuple[Arrays, Facts]:
+    """Two contexts of one model in turns, on different tokens; then one alone, freed and made again."""
+    arrays: Arrays = {}
+    with Context(model) as first:
+        with Context(model, n_threads=1) as second:
+            a, b = random_tokens(model, 9, seed=1), random_tokens(model, 36, seed=2)
+            arrays["a/prefill"] = first.forward(a[:5], 0)
+            arrays["b/prefill"] = second.forward(b[:33], 0)
+            for i in range(3):
+                arrays[f"a/decode{i}"] = first.forward([a[5 + i]], 5 + i)
+                arrays[f"b/decode{i}"] = second.forward([b[33 + i]], 33 + i)
+            facts = {"first": counted(first), "second": counted(second)}
+        arrays["a/decode3"] = first.forward([a[8]], 8)
+        facts["first_after"] = counted(first)
+        if model.plugin is not None:
+            freed = facts["second"]["instance"]
+            facts["freed"] = {"layers": [asdict(layer) for layer in model.plugin.counters(freed)]}
+            model.plugin.reset_counters(first.instance)
+            facts["first_reset"] = counted(first)
+    for again in range(3):
+        with Context(model) as context:
+            arrays[f"again{again}"] = context.forward(a, 0)
+            facts[f"again{again}"] = counted(context)
+    return arrays, facts
+
+
+def sequences(model: Model) -> tuple[Arrays, Facts]:
+    """Two sequences in one context, as a server runs them, and a cache cut back and continued."""
+    arrays: Arrays = {}
+    with Context(model, n_sequences=2) as context:
+        a, b = random_tokens(model, 12, seed=3), random_tokens(model, 12, seed=4)
+        arrays["a"] = context.forward(a[:8], 0, sequence=0)
+        arrays["b"] = context.forward(b[:5], 0, sequence=1)
+        for i in range(3):
+            arrays[f"a{i}"] = context.forward([a[8 + i]], 8 + i, sequence=0)
+            arrays[f"b{i}"] = context.forward([b[5 + i]], 5 + i, sequence=1)
+        context.forget_from(6)
+        arrays["cut"] = context.forward(b[:6], 6, sequence=0)
+        return arrays, counted(context)
+
+
+SCENARIOS: dict[str, Callable[..., tuple[Arrays, Facts]]] = {
+    f.__name__: f for f in (logits, greedy, forced, callback, warmup, thread_counts, two_contexts, sequences)
+}
+
+
+def answer(request: dict[str, Any], plugin: bool, folder: Path, number: int) -> dict[str, Any]:
+    scenario = SCENARIOS[request.pop("scenario")]
+    repack = request.pop("repack", False)
+    try:
+        with Model(request.pop("model"), plugin=plugin, repack=repack) as model:
+            arrays, facts = scenario(model, **request)
+    except ForwardError as error:
+        return {"error": str(error)}
+    path = folder / f"{number}.npz"
+    np.savez(path, **arrays)  # type: ignore[arg-type]
+    return {"arrays": str(path), "facts": facts}
+
+
+def main() -> None:
+    side, folder = sys.argv[1], Path(sys.argv[2])
+    # Replies have a stream of their own: whatever a library prints goes to stderr.
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for number, line in enumerate(sys.stdin):
+        reply = answer(json.loads(line), side == "plugin", folder, number)
+        print(json.dumps(reply), file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    main()
