@@ -6,6 +6,7 @@ The table is the only place that knows an option's names; the commands' flags, t
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -109,8 +110,7 @@ def gpu_layers(text: str) -> int:
 
 def seed(text: str) -> int:
     """A seed as llama.cpp takes it: -1 is the one that means random. Raises ValueError."""
-    value = integer(-1, 0xFFFFFFFF)(text)
-    return value & 0xFFFFFFFF
+    return integer(-1, 0xFFFFFFFF)(text)
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,8 @@ class Option:
     """One setting. `flags` as the user types them, `no_flags` their negative forms (for switches).
 
     The first long flag without its dashes is the key in the config file, `--print-config` and `Settings`. `parse` is
-    None for switches; `repeats` for options that may be given several times. `section` groups them in the help.
+    None for switches; `repeats` for options that may be given several times. `unset` says what a default of None
+    means; `section` groups options in the help.
     """
 
     flags: tuple[str, ...]
@@ -130,6 +131,7 @@ class Option:
     no_flags: tuple[str, ...] = ()
     repeats: bool = False
     section: str = "Options"
+    unset: str = "none"
     in_file: bool = True
 
     @property
@@ -189,7 +191,7 @@ class Settings:
         for option in self.options:
             value, source = self.values[option.name], self.sources[option.name]
             if value is None:
-                lines.append(f"# {option.key} is not set")
+                lines.append(f"# {option.key}: {option.unset} ({source})")
             else:
                 lines.append(f"{option.key} = {_toml(value)}  # {source}")
         return "\n".join(lines)
@@ -287,11 +289,8 @@ def _read_file(path: Path | None, options: Sequence[Option]) -> dict[str, Any]:
     except OSError as error:
         raise from_os_error(error, f"read {path}") from error
     try:
-        if sys.version_info >= (3, 11):
-            import tomllib
-        else:
-            import tomli as tomllib
-        data: dict[str, Any] = tomllib.loads(text)
+        toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+        data: dict[str, Any] = toml.loads(text)
     except ValueError as error:
         raise UsageError(f"{path} is no TOML: {error}") from None
     known = {name for option in options if option.in_file for name in option.long_names}

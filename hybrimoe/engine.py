@@ -147,25 +147,27 @@ class Engine(llama_cpp.Llama):  # type: ignore[misc]
                 self.options.flash_attn,
             ),
             progress,
+            self.abort_flag,
         )
+        # llama.cpp refers to its arrays for as long as the model lives.
+        self._loader = loader
         try:
-            with loader.installed():
+            with abort_on_interrupt(self.abort_flag), loader.installed():
                 self._load(str(self.info.path), n_ctx, llama_arguments)
+            if self.n_ctx() > len(self.input_ids):
+                self.input_ids: Any = np.zeros(self.n_ctx(), dtype=np.intc)
+            if self.plugin is not None:
+                self.plugin_instance = self.plugin.last_instance()
+            self.abort_flag.install(self.ctx)
+            self._chat_formatter = self._make_chat_formatter()
+            if self.options.warmup:
+                self._warm_up()
         except (ValueError, RuntimeError, MemoryError) as error:
             self.close()
-            if loader.failure is not None:
-                raise loader.failure from None
-            raise _load_error(self.info, loader, log, error) from error
-        # llama.cpp refers to these for as long as the model lives.
-        self._loader = loader
-        if self.n_ctx() > len(self.input_ids):
-            self.input_ids: Any = np.zeros(self.n_ctx(), dtype=np.intc)
-        if self.plugin is not None:
-            self.plugin_instance = self.plugin.last_instance()
-        self.abort_flag.install(self.ctx)
-        self._chat_formatter = self._make_chat_formatter()
-        if self.options.warmup:
-            self._warm_up()
+            raise loader.failure or _load_error(self.info, loader, log, error) from error
+        except BaseException:
+            self.close()
+            raise
 
     def _load(self, path: str, n_ctx: int, arguments: dict[str, Any]) -> None:
         n_threads, n_threads_batch = self.options.threads()
@@ -220,7 +222,6 @@ class Engine(llama_cpp.Llama):  # type: ignore[misc]
                 bos_token=text(self.token_bos()),
             )
         except Exception as error:
-            self.close()
             raise ModelError(
                 f"the chat template of '{self.info.path.name}' cannot be used: {error}", "use --no-conversation"
             ) from error
@@ -330,17 +331,22 @@ class Engine(llama_cpp.Llama):  # type: ignore[misc]
     def verify(self, *, strict: bool = False) -> Verification:
         """Compares the plug-in's counters with the model's MoE layers; call it after the first step.
 
+        Where nothing has run since the counters were reset, the report is the one from before.
         `strict` raises PluginError unless every MoE layer ran through the plug-in's own dispatch.
         """
         expected = self.info.moe_layer_indices
+        if self.verification is None or self.counters():
+            self.verification = self._verified(expected)
+        if strict and not self.verification.ok:
+            raise PluginError(self.verification.message(), "hybrimoe doctor")
+        return self.verification
+
+    def _verified(self, expected: tuple[int, ...]) -> Verification:
         counted = {c.layer: c for c in self.counters()}
         delegated = [i for i in expected if i in counted and counted[i].n_blocks_delegated]
         dispatched = [i for i in expected if i in counted and counted[i].n_blocks and i not in delegated]
         missing = [i for i in expected if i not in dispatched and i not in delegated]
-        self.verification = Verification(expected, tuple(dispatched), tuple(delegated), tuple(missing))
-        if strict and not self.verification.ok:
-            raise PluginError(self.verification.message(), "hybrimoe doctor")
-        return self.verification
+        return Verification(expected, tuple(dispatched), tuple(delegated), tuple(missing))
 
     def stats(self) -> dict[str, Any]:
         """Counters per layer and their sums since the last reset, as JSON-able data. Times in microseconds."""

@@ -142,6 +142,8 @@ class Answer:
                 if engine.is_end(token):
                     self.finish_reason = "stop"
                     return
+                if engine.abort_flag.is_set():
+                    raise KeyboardInterrupt
                 yield engine.token_bytes(token)
                 if len(self.tokens) >= limit:
                     self.finish_reason = limit_reason

@@ -41,10 +41,12 @@ class AbortFlag:
 
 @contextlib.contextmanager
 def abort_on_interrupt(flag: AbortFlag) -> Iterator[None]:
-    """While active, Ctrl-C sets `flag` at once, even inside a long `llama_decode`; KeyboardInterrupt follows as usual.
+    """While active, Ctrl-C sets `flag`, at once even inside a long `llama_decode`, and raises nothing.
 
-    Python runs its signal handlers only between byte codes, so without this a long prompt could not be stopped. Does
-    nothing outside the main thread, which never gets signals.
+    Whoever computes must look at the flag; at the end KeyboardInterrupt is raised, also in place of the error that the
+    abortion led to. Python runs its signal handlers only between byte codes, so that a long prompt could not be
+    stopped, and inside llama.cpp's callbacks too, where an exception would be lost. A second Ctrl-C is raised as usual.
+    Does nothing outside the main thread, which never gets signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -57,13 +59,31 @@ def abort_on_interrupt(flag: AbortFlag) -> Iterator[None]:
             if number[0] == signal.SIGINT:
                 flag.set()
 
+    n_signals = 0
+
+    def handle(_number: int, _frame: object) -> None:
+        nonlocal n_signals
+        n_signals += 1
+        flag.set()
+        if n_signals > 1:
+            raise KeyboardInterrupt
+
     watcher = threading.Thread(target=watch, name="hybrimoe-interrupt", daemon=True)
-    previous = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    previous_fd = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    previous_handler = signal.signal(signal.SIGINT, handle)
     watcher.start()
     try:
-        yield
+        try:
+            yield
+        except Exception:
+            if flag.is_set():
+                raise KeyboardInterrupt from None
+            raise
+        if flag.is_set():
+            raise KeyboardInterrupt
     finally:
-        signal.set_wakeup_fd(previous)
+        signal.signal(signal.SIGINT, previous_handler)
+        signal.set_wakeup_fd(previous_fd)
         os.close(write_end)
         watcher.join()
         os.close(read_end)

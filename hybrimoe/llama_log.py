@@ -9,7 +9,8 @@ import os
 import re
 from typing import Any
 
-_ERROR_LEVEL = 3
+# GGML_LOG_LEVEL_ERROR and GGML_LOG_LEVEL_CONT (ggml.h)
+_ERROR_LEVEL = 4
 _CONTINUE_LEVEL = 5
 _FUNCTION_PREFIX = re.compile(r"^[\w:~<>]+: ")
 

@@ -12,6 +12,7 @@ from typing import Any
 import llama_cpp
 import llama_cpp._internals
 
+from hybrimoe.interrupt import AbortFlag
 from hybrimoe.placement import override_array
 
 FLASH_ATTENTION: Mapping[str, int] = {
@@ -41,18 +42,19 @@ class LoadSettings:
 
 
 class Loader:
-    """Completes the parameters of one `Llama.__init__`, reports its progress and lets Ctrl-C stop it.
+    """Completes the parameters of one `Llama.__init__`, reports its progress and lets `abort_flag` stop it.
 
     While installed, the C functions that `Llama.__init__` calls last are wrapped; calls from other threads pass
     through unchanged. One construction at a time. Must live as long as the model, which refers to its arrays.
-    `failure` is what the progress function raised (KeyboardInterrupt included); llama.cpp stopped loading then.
+    `failure` is what the progress function raised; llama.cpp stopped loading then.
     """
 
     _lock = threading.Lock()
 
-    def __init__(self, settings: LoadSettings, progress: Callable[[float], None] | None) -> None:
+    def __init__(self, settings: LoadSettings, progress: Callable[[float], None] | None, abort_flag: AbortFlag) -> None:
         self.settings = settings
         self.progress = progress
+        self.abort_flag = abort_flag
         self.failure: BaseException | None = None
         self.context_failed = False
         self.overrides = override_array(settings.rules)
@@ -64,7 +66,7 @@ class Loader:
                 self.progress(share)
         except BaseException as error:  # it must not pass through C code
             self.failure = error
-        return self.failure is None
+        return self.failure is None and not self.abort_flag.is_set()
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:

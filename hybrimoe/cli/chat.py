@@ -109,7 +109,7 @@ class Chat:
             warn_unless_verified(engine)
         if answer.finish_reason == "context":
             note("note: the answer was cut: the context is full; /clear starts anew")
-        if self.settings.show_timings:
+        if self.settings.show_timings and answer.tokens:
             note(answer.timings.footer())
         if self.settings.expert_stats:
             note(expert_table(engine))

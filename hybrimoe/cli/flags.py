@@ -33,19 +33,21 @@ MODEL_OPTIONS: tuple[Option, ...] = (
     Option(("-ub", "--ubatch-size"), "Physical batch size.", 512, integer(1), "N", "LLAMA_ARG_UBATCH", section=MODEL),
     Option(
         ("-t", "--threads"),
-        "CPU threads; default one per physical core, 0: one per hardware thread.",
+        "CPU threads; 0: one per hardware thread.",
         None,
         integer(),
         "N",
         "LLAMA_ARG_THREADS",
+        unset="one per physical core",
         section=MODEL,
     ),
     Option(
         ("-tb", "--threads-batch"),
-        "CPU threads for prompts; default as --threads.",
+        "CPU threads for prompts.",
         None,
         integer(),
         "N",
+        unset="as --threads",
         section=MODEL,
     ),
     Option(
@@ -99,7 +101,7 @@ MODEL_OPTIONS: tuple[Option, ...] = (
         True,
         None,
         environment="LLAMA_ARG_REPACK",
-        no_flags=("-nr", "--no-repack"),
+        no_flags=("--no-repack",),
         section=MODEL,
     ),
     Option(
@@ -207,7 +209,7 @@ SAMPLING_OPTIONS: tuple[Option, ...] = (
         "LLAMA_ARG_FREQUENCY_PENALTY",
         section=SAMPLING,
     ),
-    Option(("-s", "--seed"), "Seed; -1: a random one.", 0xFFFFFFFF, seed, "N", section=SAMPLING),
+    Option(("-s", "--seed"), "Seed; -1: a random one.", -1, seed, "N", section=SAMPLING),
 )
 
 SYSTEM_OPTIONS: tuple[Option, ...] = (

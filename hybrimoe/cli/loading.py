@@ -88,7 +88,7 @@ def engine_options(settings: Settings) -> EngineOptions:
 
 
 def sampling(settings: Settings) -> Sampling:
-    from hybrimoe.generation import Sampling
+    from hybrimoe.generation import RANDOM_SEED, Sampling
 
     return Sampling(
         temp=settings.temp,
@@ -100,7 +100,7 @@ def sampling(settings: Settings) -> Sampling:
         repeat_last_n=settings.repeat_last_n,
         presence_penalty=settings.presence_penalty,
         frequency_penalty=settings.frequency_penalty,
-        seed=settings.seed,
+        seed=settings.seed & RANDOM_SEED,
     )
 
 

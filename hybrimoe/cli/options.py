@@ -89,21 +89,19 @@ def _parameter(option: Option) -> inspect.Parameter:
 
 def _pairs(option: Option) -> list[tuple[str, ...]]:
     """Flags of a switch with their negative forms, as typer wants them: `--x/--no-x`."""
-    short = [f for f in option.flags if not f.startswith("--")]
     long = [f for f in option.flags if f.startswith("--")]
-    no_short = [f for f in option.no_flags if not f.startswith("--")]
+    short = [f for f in option.flags if not f.startswith("--")]
     no_long = [f for f in option.no_flags if f.startswith("--")]
-    # A short flag alone must come with a negative one, or typer takes it for a switch without one.
+    no_short = [f for f in option.no_flags if not f.startswith("--")]
     pairs: list[tuple[str, ...]] = list(zip(long, no_long, strict=True))
-    pairs += zip(short, no_short, strict=False)
-    pairs += [(f,) for f in short[len(no_short) :]]
-    pairs += [("", f) for f in no_short[len(short) :]]
-    return pairs
+    return pairs + list(zip(short, no_short, strict=False)) + [(f,) for f in short[len(no_short) :]]
 
 
 def _help(option: Option) -> str:
     default = option.default
-    if default in (None, (), "") or option.name == "seed" or "default" in option.help:
+    if default is None and option.unset != "none":
+        return f"{option.help} [default: {option.unset}]"
+    if default in (None, (), ""):
         return option.help
     shown = ("on" if default else "off") if option.is_switch else default
     return f"{option.help} [default: {shown}]"

@@ -43,7 +43,7 @@ def run(settings: Settings, positionals: list[str]) -> int:
             warn_unless_verified(engine)
         if settings.json:
             print(json.dumps(_report(engine, answer, prompt), ensure_ascii=False))
-        elif settings.show_timings:
+        elif settings.show_timings and answer.tokens:
             note(answer.timings.footer())
         if settings.expert_stats:
             note(expert_table(engine))

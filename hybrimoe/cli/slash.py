@@ -14,6 +14,7 @@ from hybrimoe.cli.report import residency_table, stats_text
 from hybrimoe.cli.session import Session
 from hybrimoe.config import Option
 from hybrimoe.errors import UsageError
+from hybrimoe.generation import RANDOM_SEED
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def _set(session: Session, argument: str) -> Result:
     if option.key == "n-predict":
         session.n_predict = value
     else:
-        changed: Mapping[str, Any] = {_field(option): value}
+        changed: Mapping[str, Any] = {_field(option): value & RANDOM_SEED if option.key == "seed" else value}
         session.sampling = replace(session.sampling, **changed)
     return Result(f"{option.key} = {text}")
 
@@ -125,7 +126,7 @@ def _show(session: Session, _argument: str) -> Result:
     for option in _SETTABLE.values():
         if option.key != "n-predict":
             value = getattr(session.sampling, _field(option))
-            lines.append(f"{option.key} = {'random' if option.key == 'seed' and value == option.default else value}")
+            lines.append(f"{option.key} = {'random' if option.key == 'seed' and value == RANDOM_SEED else value}")
     return Result("\n".join(lines))
 
 

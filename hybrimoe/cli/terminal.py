@@ -85,5 +85,12 @@ def _history(path: Path) -> History:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a"):
             path.chmod(0o600)
-        return FileHistory(str(path))
+        return _KeptHistory(str(path))
     return InMemoryHistory()
+
+
+class _KeptHistory(FileHistory):
+    def store_string(self, string: str) -> None:
+        # A full disk costs the history, not the chat.
+        with contextlib.suppress(OSError):
+            super().store_string(string)
