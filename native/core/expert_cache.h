@@ -22,6 +22,7 @@ struct residency {
     slot_state state  = slot_state::absent;
     int        device = cpu_device;
     int        slot   = -1; // index in its pool
+    bool       speculative = false; // prefetched, and no step has used it yet
 };
 
 struct cache_config {
@@ -64,7 +65,8 @@ public:
             return {};
         }
         const pool & p = pools_[static_cast<size_t>(w.pool)];
-        return {p.slots[static_cast<size_t>(w.slot)].state, p.device, w.slot};
+        const slot & s = p.slots[static_cast<size_t>(w.slot)];
+        return {s.state, p.device, w.slot, s.speculative};
     }
 
     // Forgets everything and loads experts 0.. of each layer (per layer) or of the pool's layers in turn.

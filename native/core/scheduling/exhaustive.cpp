@@ -70,7 +70,7 @@ const policy_entry<scheduler>        exhaustive_scheduler = {
     "exhaustive",
     "Every assignment is tried: the optimum under the cost model, for tests and small layers only.",
     "",
-    {},
+    {false, true, false},
     nullptr,
     0,
     [](const model_shape &, const param_values &) -> std::unique_ptr<scheduler> { return std::make_unique<exhaustive>(); },
