@@ -31,15 +31,19 @@ class ForwardError(Exception):
 
 
 class Model:
-    """A model in memory. `repack` False is llama.cpp's `--repack 0`: every weight stays as it is in the file."""
+    """A model in memory. `repack` False is llama.cpp's `--repack 0`: every weight stays as it is in the file.
 
-    def __init__(self, path: Path | str, *, plugin: bool, repack: bool) -> None:
+    `mmap` False reads the file into buffers instead of mapping it.
+    """
+
+    def __init__(self, path: Path | str, *, plugin: bool, repack: bool, mmap: bool = True) -> None:
         import llama_cpp
 
         self._log = _quiet_log()
         params = llama_cpp.llama_model_default_params()
         params.use_extra_bufts = repack
         params.n_gpu_layers = 0
+        params.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP if mmap else llama_cpp.LLAMA_LOAD_MODE_NONE
         self.plugin: Plugin | None = None
         if plugin:
             from hybrimoe.native.plugin import load_plugin

@@ -1,4 +1,4 @@
-"""Every tiny architecture model: the same logits through the plug-in as in plain llama.cpp, all of it in its dispatch."""
+"""Every tiny architecture model: the same logits as plain llama.cpp, every block in the plug-in's dispatch."""
 
 from __future__ import annotations
 

@@ -187,9 +187,9 @@ SCENARIOS: dict[str, Callable[..., tuple[Arrays, Facts]]] = {
 
 def answer(request: dict[str, Any], plugin: bool, folder: Path, number: int) -> dict[str, Any]:
     scenario = SCENARIOS[request.pop("scenario")]
-    repack = request.pop("repack", False)
+    options = {"repack": request.pop("repack", False), "mmap": request.pop("mmap", True)}
     try:
-        with Model(request.pop("model"), plugin=plugin, repack=repack) as model:
+        with Model(request.pop("model"), plugin=plugin, **options) as model:
             arrays, facts = scenario(model, **request)
     except ForwardError as error:
         return {"error": str(error)}
