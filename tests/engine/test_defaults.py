@@ -1,4 +1,4 @@
-"""The package's defaults are llama.cpp's. Figures of common/common.h are written out: pip does not install that header."""
+"""The package's defaults are llama.cpp's. Those of common/common.h are written out: pip does not install that file."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_sampling_equals_common_params_sampling() -> None:
 
 
 def test_context_parameters_equal_the_library(open_engine: Any) -> None:
-    """What reaches llama_init_from_model is what llama_context_default_params() gives, but for common.h's batch sizes."""
+    """What reaches llama_init_from_model is llama_context_default_params(), but for common.h's batch sizes."""
     engine = open_engine(n_ctx=0)
     stock = llama_cpp.llama_context_default_params()
     ours = engine.context_params
