@@ -196,10 +196,7 @@ def _examine_plugin(d: Diagnosis) -> bool:
 
 
 def _try_in_child(code: str) -> None:
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(
-        command, capture_output=True, text=True, errors="replace", timeout=_RUN_TIMEOUT_S, check=False
-    )
+    done = _child([sys.executable, "-c", code], dict(os.environ))
     if done.returncode < 0:
         raise PluginError(f"the plug-in crashes when it is loaded ({_signal(done.returncode)})", _reinstall())
 
@@ -265,15 +262,7 @@ def run_model(path: Path) -> dict[str, Any]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("LLAMA_ARG_")}
     environment["XDG_CONFIG_HOME"] = os.devnull
     try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_RUN_TIMEOUT_S,
-            check=False,
-            env=environment,
-        )
+        done = _child(command, environment)
     except subprocess.TimeoutExpired:
         raise HybrimoeError(f"'{path.name}' did not answer within {_RUN_TIMEOUT_S} s", "hybrimoe run -v") from None
     if done.returncode < 0:

@@ -401,6 +401,7 @@ def test_a_narrow_encoding_does_not_fail(spawn: Spawn, model: str) -> None:
 
 
 def test_nothing_heavy_is_imported_for_help() -> None:
-    code = "import sys; from hybrimoe.cli.main import main; main(['run', '--print-config']); print('llama_cpp' in sys.modules)"
+    code = "import sys; from hybrimoe.cli.main import main; main(['run', '--print-config'])"
+    code += "; print('llama_cpp' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
