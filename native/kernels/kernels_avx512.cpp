@@ -184,14 +184,18 @@ struct unit_mxfp4 {
     }
 };
 
+// present: the elements whose blocks belong to the row; scales of others are taken as zero
 template <class unit, int n_x>
-inline void add_unit(const uint8_t * p, const row_unit128 * const * x, int64_t u, __m512 * sum, __m512 * offset) {
+inline void add_unit(const uint8_t * p, const row_unit128 * const * x, int64_t u, __m512 * sum, __m512 * offset,
+                     __mmask16 present = 0xffff) {
     __m512i lo;
     __m512i hi;
     __m512  d;
     __m512  m = zero_f();
     unit::load(p, lo, hi);
     unit::scales(p, d, m);
+    d = _mm512_maskz_mov_ps(present, d);
+    m = _mm512_maskz_mov_ps(present, m);
     for (int t = 0; t < n_x; ++t) {
         const row_unit128 & xu = x[t][u];
         __m512i acc = _mm512_dpbusd_epi32(_mm512_setzero_si512(), lo, load512(xu.lo));
@@ -208,6 +212,7 @@ template <class unit, int n_x>
 void dot_units(const dot_args & args) {
     const int64_t n_units    = args.n_values / 128;
     const size_t  tail_bytes = static_cast<size_t>(args.n_values % 128 / 32) * (unit::bytes / 4);
+    const auto    tail_lanes = static_cast<__mmask16>((1u << (args.n_values % 128 / 8)) - 1);
     const stream  weights(args);
 
     const row_unit128 * x[n_x];
@@ -227,10 +232,14 @@ void dot_units(const dot_args & args) {
             add_unit<unit, n_x>(p, x, u, sum, offset);
         }
         if (tail_bytes != 0) {
-            // A whole unit would read past the row, which may end the file map.
-            alignas(64) uint8_t tail[unit::bytes] = {};
-            memcpy(tail, p, tail_bytes);
-            add_unit<unit, n_x>(tail, x, n_units, sum, offset);
+            // A whole unit reads past the row, and at the last rows past what may be the end of the file map.
+            alignas(64) uint8_t copy[unit::bytes];
+            if (p + unit::bytes > weights.end) {
+                memset(copy, 0, sizeof(copy));
+                memcpy(copy, p, tail_bytes);
+                p = copy;
+            }
+            add_unit<unit, n_x>(p, x, n_units, sum, offset, tail_lanes);
         }
         for (int t = 0; t < n_x; ++t) {
             const __m512 total = unit::has_min ? _mm512_add_ps(sum[t], offset[t])

@@ -19,7 +19,7 @@ bool has_avx2() {
 }
 
 // Leaf 7, sub-leaf 1, EAX bit 4: not every compiler has a name for it in __builtin_cpu_supports.
-[[maybe_unused]] bool has_avxvnni() {
+bool has_avxvnni() {
     unsigned a = 0;
     unsigned b = 0;
     unsigned c = 0;
@@ -43,10 +43,8 @@ struct candidate {
 constexpr candidate candidates[] = {
 #ifdef HYBRIMOE_KERNELS_X86
     {&kernels_avx512, has_avx512},
-#ifdef HYBRIMOE_KERNELS_AVX2
     {&kernels_avxvnni, has_avxvnni},
     {&kernels_avx2, has_avx2},
-#endif
 #endif
     {&kernels_scalar, [] { return true; }},
 };
