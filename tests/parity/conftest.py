@@ -18,7 +18,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Side]:
 
 @pytest.fixture(scope="session")
 def ours(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Side]:
-    """The same llama.cpp with routers and experts in the plug-in."""
-    side = Side("plugin", tmp_path_factory.mktemp("plugin"))
+    """The same llama.cpp with routers and experts in the plug-in, which runs them through ggml's own kernels."""
+    side = Side("plugin", tmp_path_factory.mktemp("plugin"), cpu="ggml")
     yield side
     side.close()

@@ -36,10 +36,11 @@ class Reply:
 
 
 class Side:
-    """A worker process, started when first asked and again after it died."""
+    """A worker process, started when first asked and again after it died. `cpu` is its HYBRIMOE_CPU."""
 
-    def __init__(self, kind: str, folder: Path) -> None:
+    def __init__(self, kind: str, folder: Path, cpu: str = "") -> None:
         self.kind = kind
+        self._cpu = cpu
         self._folder = folder
         self._process: subprocess.Popen[str] | None = None
         self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the side
@@ -79,7 +80,7 @@ class Side:
                 stderr=self._stderr,
                 text=True,
                 # Threads that wait sleep instead of spinning: on a busy machine spinning teams slow each other down.
-                env={**os.environ, "OMP_WAIT_POLICY": "passive"},
+                env={**os.environ, "OMP_WAIT_POLICY": "passive", "HYBRIMOE_CPU": self._cpu},
             )
         process = self._process
         assert process.stdin is not None and process.stdout is not None
