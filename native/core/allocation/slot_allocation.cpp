@@ -32,7 +32,7 @@ int share(const std::vector<double> & weight, int cap, int n, std::vector<int> &
     std::vector<double> remainder(weight.size(), -1.0);
     int                 left = n;
     for (size_t l = 0; l < weight.size(); ++l) {
-        if (slots[l] >= cap) {
+        if (slots[l] >= cap || weight[l] == 0.0) {
             continue;
         }
         const double exact = n * weight[l] / total;
