@@ -25,13 +25,14 @@ std::string describe_mismatch() {
     }
     // A ggml of the same version whose structures differ is a patched build: reading its tensors would be undefined.
     ggml_init_params params{};
-    params.mem_size     = 2 * ggml_tensor_overhead() + 2 * sizeof(ggml_tensor);
-    params.no_alloc     = true;
-    ggml_context * ctx  = ggml_init(params);
-    ggml_tensor *  head = ctx == nullptr ? nullptr : ggml_new_tensor_1d(ctx, GGML_TYPE_F32, 1);
-    const bool     same = head != nullptr && ggml_used_mem(ctx) == ggml_tensor_overhead() &&
-                      std::strcmp(ggml_op_name(GGML_OP_GLU), "GLU") == 0 &&
-                      ggml_tensor_overhead() > sizeof(ggml_tensor) && ggml_tensor_overhead() - sizeof(ggml_tensor) < 128;
+    params.mem_size    = 2 * ggml_tensor_overhead() + 2 * sizeof(ggml_tensor);
+    params.no_alloc    = true;
+    ggml_context * ctx = ggml_init(params);
+    ggml_tensor * head = ctx == nullptr ? nullptr : ggml_new_tensor_1d(ctx, GGML_TYPE_F32, 1);
+    const bool same    = head != nullptr && ggml_used_mem(ctx) == ggml_tensor_overhead() &&
+                         std::strcmp(ggml_op_name(GGML_OP_GLU), "GLU") == 0 &&
+                         ggml_tensor_overhead() > sizeof(ggml_tensor) &&
+                         ggml_tensor_overhead() - sizeof(ggml_tensor) < 128;
     ggml_free(ctx);
     return same ? std::string() : "the running ggml " + running + " has other structures than the plug-in's headers";
 }
@@ -40,13 +41,21 @@ std::string describe_mismatch() {
 
 extern "C" {
 
-int hybrimoe_abi_version(void) { return HYBRIMOE_ABI_VERSION; }
+int hybrimoe_abi_version(void) {
+    return HYBRIMOE_ABI_VERSION;
+}
 
-const char * hybrimoe_version(void) { return HYBRIMOE_VERSION; }
+const char * hybrimoe_version(void) {
+    return HYBRIMOE_VERSION;
+}
 
-const char * hybrimoe_ggml_version(void) { return HYBRIMOE_GGML_VERSION; }
+const char * hybrimoe_ggml_version(void) {
+    return HYBRIMOE_GGML_VERSION;
+}
 
-int hybrimoe_ggml_backend_api_version(void) { return GGML_BACKEND_API_VERSION; }
+int hybrimoe_ggml_backend_api_version(void) {
+    return GGML_BACKEND_API_VERSION;
+}
 
 const char * hybrimoe_check_ggml(void) {
     static const std::string mismatch = describe_mismatch();
@@ -65,7 +74,9 @@ int hybrimoe_configure(const char * json, char * error, size_t error_size) {
     }
 }
 
-uint64_t hybrimoe_last_instance(void) { return hybrimoe::last_instance_of_thread(); }
+uint64_t hybrimoe_last_instance(void) {
+    return hybrimoe::last_instance_of_thread();
+}
 
 int32_t hybrimoe_n_layers(uint64_t instance) {
     const auto data = hybrimoe::find_instance(instance);

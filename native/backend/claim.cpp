@@ -110,7 +110,7 @@ private:
     }
 
     ggml_backend_buffer_type_t own_;
-    int                        n_visits_ = 0;
+    int n_visits_ = 0;
 };
 
 // Per-expert scales repeated over tokens. Such a node is only ever assigned here when its neighbours are.

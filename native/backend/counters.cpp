@@ -9,9 +9,9 @@ namespace hybrimoe {
 namespace {
 
 struct instance_table {
-    std::mutex                                    mutex;
+    std::mutex mutex;
     std::map<uint64_t, std::shared_ptr<counters>> by_id;
-    uint64_t                                      next_id = 1;
+    uint64_t next_id = 1;
 };
 
 instance_table & table() {
@@ -21,16 +21,22 @@ instance_table & table() {
 
 thread_local uint64_t last_instance = 0;
 
-void clear(std::atomic<uint64_t> & counter) { counter.store(0, std::memory_order_relaxed); }
+void clear(std::atomic<uint64_t> & counter) {
+    counter.store(0, std::memory_order_relaxed);
+}
 
-uint64_t get(const std::atomic<uint64_t> & counter) { return counter.load(std::memory_order_relaxed); }
+uint64_t get(const std::atomic<uint64_t> & counter) {
+    return counter.load(std::memory_order_relaxed);
+}
 
-double get_us(const std::atomic<uint64_t> & counter_ns) { return static_cast<double>(get(counter_ns)) / 1000.0; }
+double get_us(const std::atomic<uint64_t> & counter_ns) {
+    return static_cast<double>(get(counter_ns)) / 1000.0;
+}
 
 } // namespace
 
 layer_counters & counters::layer(int index) {
-    const int clamped = std::clamp(index, 0, max_layers - 1);
+    const int clamped = std::clamp(index, 0, max_counted_layers - 1);
     if (clamped >= n_layers()) {
         n_layers_.store(clamped + 1, std::memory_order_relaxed);
     }
@@ -38,7 +44,7 @@ layer_counters & counters::layer(int index) {
 }
 
 hybrimoe_layer_counters counters::read(int index) const {
-    const layer_counters &  source = layers_[static_cast<size_t>(index)];
+    const layer_counters & source = layers_[static_cast<size_t>(index)];
     hybrimoe_layer_counters out{};
     out.n_steps            = get(source.n_steps);
     out.n_tokens           = get(source.n_tokens);
@@ -63,28 +69,30 @@ void counters::reset() {
 }
 
 instance_ticket register_instance() {
-    auto                        data = std::make_shared<counters>();
-    instance_table &            all  = table();
+    auto data            = std::make_shared<counters>();
+    instance_table & all = table();
     std::lock_guard<std::mutex> lock(all.mutex);
-    const uint64_t              id = all.next_id++;
+    const uint64_t id = all.next_id++;
     all.by_id.emplace(id, data);
     last_instance = id;
     return {id, std::move(data)};
 }
 
 void forget_instance(uint64_t id) {
-    instance_table &            all = table();
+    instance_table & all = table();
     std::lock_guard<std::mutex> lock(all.mutex);
     all.by_id.erase(id);
 }
 
 std::shared_ptr<counters> find_instance(uint64_t id) {
-    instance_table &            all = table();
+    instance_table & all = table();
     std::lock_guard<std::mutex> lock(all.mutex);
-    const auto                  found = all.by_id.find(id);
+    const auto found = all.by_id.find(id);
     return found == all.by_id.end() ? nullptr : found->second;
 }
 
-uint64_t last_instance_of_thread() { return last_instance; }
+uint64_t last_instance_of_thread() {
+    return last_instance;
+}
 
 } // namespace hybrimoe

@@ -11,7 +11,7 @@
 namespace hybrimoe {
 
 // llama.cpp's own limit (LLAMA_MAX_LAYERS); tensors of a higher layer cannot exist.
-constexpr int max_layers = 512;
+constexpr int max_counted_layers = 512;
 
 struct layer_counters {
     std::atomic<uint64_t> n_steps{0};
@@ -27,18 +27,18 @@ struct layer_counters {
 
 class counters {
 public:
-    // The counters of a layer; layers outside 0..max_layers - 1 share the last one.
+    // The counters of a layer; layers outside 0..max_counted_layers - 1 share the last one.
     layer_counters & layer(int index);
 
-    int                     n_layers() const { return n_layers_.load(std::memory_order_relaxed); }
+    int n_layers() const { return n_layers_.load(std::memory_order_relaxed); }
     hybrimoe_layer_counters read(int index) const;
-    void                    reset();
+    void reset();
 
     std::atomic<uint64_t> n_nodes_delegated{0};
 
 private:
-    std::array<layer_counters, max_layers> layers_;
-    std::atomic<int>                       n_layers_{0};
+    std::array<layer_counters, max_counted_layers> layers_;
+    std::atomic<int> n_layers_{0};
 };
 
 // Adds without a locked instruction: each counter has one writer at a time.
@@ -48,13 +48,13 @@ inline void add(std::atomic<uint64_t> & counter, uint64_t amount) {
 
 // Instances by id, so that a host can ask for counters without holding ggml objects.
 struct instance_ticket {
-    uint64_t                  id = 0;
+    uint64_t id = 0;
     std::shared_ptr<counters> data;
 };
 
-instance_ticket           register_instance();
-void                      forget_instance(uint64_t id);
+instance_ticket register_instance();
+void forget_instance(uint64_t id);
 std::shared_ptr<counters> find_instance(uint64_t id);
-uint64_t                  last_instance_of_thread();
+uint64_t last_instance_of_thread();
 
 } // namespace hybrimoe

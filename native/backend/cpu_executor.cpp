@@ -1,6 +1,9 @@
 #include "cpu_executor.h"
 
+#include "ggml-backend-impl.h"
+
 #include <algorithm>
+#include <dlfcn.h>
 #include <stdexcept>
 
 namespace hybrimoe {
@@ -13,7 +16,25 @@ template <typename function> function find_function(ggml_backend_dev_t device, c
 
 } // namespace
 
-ggml_backend_dev_t find_cpu_device() { return ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU); }
+ggml_backend_dev_t find_cpu_device() {
+    return ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+}
+
+// The CPU backend may be a library that nobody linked (dynamically loaded backends): look into the one its device is
+// from.
+const ggml_type_traits_cpu * find_type_traits(ggml_type type) {
+    using getter            = const ggml_type_traits_cpu * (*)(ggml_type);
+    static const getter get = []() -> getter {
+        ggml_backend_dev_t device = find_cpu_device();
+        Dl_info where{};
+        if (device == nullptr || dladdr(reinterpret_cast<void *>(device->iface.get_name), &where) == 0) {
+            return nullptr;
+        }
+        void * library = dlopen(where.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
+        return library == nullptr ? nullptr : reinterpret_cast<getter>(dlsym(library, "ggml_get_type_traits_cpu"));
+    }();
+    return get == nullptr ? nullptr : get(type);
+}
 
 cpu_executor::cpu_executor() {
     ggml_backend_dev_t device = find_cpu_device();
@@ -63,9 +84,8 @@ ggml_status cpu_executor::run(ggml_tensor ** nodes, int n_nodes, int n_threads) 
 }
 
 void cpu_executor::set_abort_callback(ggml_abort_callback callback, void * data) {
-    using setter = void (*)(ggml_backend_t, ggml_abort_callback, void *);
-    const auto set =
-        find_function<setter>(ggml_backend_get_device(backend_), "ggml_backend_set_abort_callback");
+    using setter   = void (*)(ggml_backend_t, ggml_abort_callback, void *);
+    const auto set = find_function<setter>(ggml_backend_get_device(backend_), "ggml_backend_set_abort_callback");
     if (set != nullptr) {
         set(backend_, callback, data);
     }

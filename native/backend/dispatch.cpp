@@ -27,8 +27,11 @@ private:
 
 } // namespace
 
-dispatcher::dispatcher(const settings & config, std::shared_ptr<counters> data)
-    : config_(config), counters_(std::move(data)) {}
+dispatcher::dispatcher(const settings & config, std::shared_ptr<counters> data) : counters_(std::move(data)) {
+    if (config.kernels != cpu_kernels::ggml) {
+        kernels_ = std::make_unique<kernel_executor>(config);
+    }
+}
 
 ggml_status dispatcher::compute(ggml_cgraph * graph) {
     ggml_tensor ** nodes = ggml_graph_nodes(graph);
@@ -42,20 +45,52 @@ ggml_status dispatcher::compute(ggml_cgraph * graph) {
     return GGML_STATUS_SUCCESS;
 }
 
-int dispatcher::n_threads_for(size_t n_bytes) const { return n_bytes < min_parallel_bytes ? 1 : n_threads_; }
+int dispatcher::n_threads_for(size_t n_bytes) const {
+    return n_bytes < min_parallel_bytes ? 1 : n_threads_;
+}
 
 ggml_status dispatcher::run_block(ggml_tensor ** nodes, const moe_block & block) {
-    layer_counters & counts = counters_->layer(block.layer);
-    stopwatch        watch;
-
-    const size_t n_tokens     = static_cast<size_t>(block.n_tokens());
-    const size_t router_bytes = block.router == nullptr ? 0 : ggml_nbytes(block.router) * ((n_tokens + 3) / 4);
-    ggml_status  status =
-        cpu_.run(nodes + block.begin, block.experts - block.begin, n_threads_for(router_bytes));
+    is_active_.assign(static_cast<size_t>(block.n_expert), 0);
+    const std::optional<described_block> described = kernels_ ? kernels_->accept(nodes, block) : std::nullopt;
+    const ggml_status status = described ? run_with_kernels(nodes, block, *described) : run_with_ggml(nodes, block);
     if (status != GGML_STATUS_SUCCESS) {
         return status;
     }
-    const block_plan planned = plan(block);
+    const block_plan planned = plan();
+    layer_counters & counts  = counters_->layer(block.layer);
+    add(counts.n_steps, 1);
+    add(counts.n_tokens, static_cast<uint64_t>(block.n_tokens()));
+    add(counts.n_blocks, 1);
+    add(counts.n_experts_cpu, static_cast<uint64_t>(planned.n_experts_cpu));
+    add(counts.n_experts_gpu, static_cast<uint64_t>(planned.n_experts_gpu));
+    return GGML_STATUS_SUCCESS;
+}
+
+ggml_status dispatcher::run_with_kernels(ggml_tensor ** nodes, const moe_block & block,
+                                         const described_block & described) {
+    const kernel_executor::result done = kernels_->run(cpu_, nodes, block, described, n_threads_);
+    layer_counters & counts            = counters_->layer(block.layer);
+    add(counts.router_ns, done.router_ns);
+    add(counts.experts_ns, done.experts_ns);
+    mark_active(kernels_->ids().data(), kernels_->ids().size());
+    return done.status;
+}
+
+ggml_status dispatcher::run_with_ggml(ggml_tensor ** nodes, const moe_block & block) {
+    layer_counters & counts = counters_->layer(block.layer);
+    stopwatch watch;
+
+    const size_t n_tokens     = static_cast<size_t>(block.n_tokens());
+    const size_t router_bytes = block.router == nullptr ? 0 : ggml_nbytes(block.router) * ((n_tokens + 3) / 4);
+    ggml_status status        = cpu_.run(nodes + block.begin, block.experts - block.begin, n_threads_for(router_bytes));
+    if (status != GGML_STATUS_SUCCESS) {
+        return status;
+    }
+    const char * ids = static_cast<const char *>(block.ids->data);
+    for (size_t token = 0; token < n_tokens; token++) {
+        mark_active(reinterpret_cast<const int32_t *>(ids + token * block.ids->nb[1]),
+                    static_cast<size_t>(block.top_k()));
+    }
     add(counts.router_ns, watch.lap_ns());
 
     status = cpu_.run(nodes + block.experts, block.merge - block.experts, n_threads_);
@@ -66,31 +101,20 @@ ggml_status dispatcher::run_block(ggml_tensor ** nodes, const moe_block & block)
 
     const size_t merge_bytes = ggml_nbytes(nodes[block.merge - 1]);
     status                   = cpu_.run(nodes + block.merge, block.end - block.merge, n_threads_for(merge_bytes));
-    if (status != GGML_STATUS_SUCCESS) {
-        return status;
-    }
     add(counts.merge_ns, watch.lap_ns());
+    return status;
+}
 
-    add(counts.n_steps, 1);
-    add(counts.n_tokens, n_tokens);
-    add(counts.n_blocks, 1);
-    add(counts.n_experts_cpu, static_cast<uint64_t>(planned.n_experts_cpu));
-    add(counts.n_experts_gpu, static_cast<uint64_t>(planned.n_experts_gpu));
-    return GGML_STATUS_SUCCESS;
+void dispatcher::mark_active(const int32_t * ids, size_t n_ids) {
+    for (size_t i = 0; i < n_ids; i++) {
+        if (ids[i] >= 0 && static_cast<size_t>(ids[i]) < is_active_.size()) {
+            is_active_[static_cast<size_t>(ids[i])] = 1;
+        }
+    }
 }
 
 // Every active expert goes to the CPU: there is no accelerator to share with yet.
-block_plan dispatcher::plan(const moe_block & block) {
-    is_active_.assign(static_cast<size_t>(block.n_expert), 0);
-    const char * rows = static_cast<const char *>(block.ids->data);
-    for (int64_t token = 0; token < block.n_tokens(); token++) {
-        const auto * ids = reinterpret_cast<const int32_t *>(rows + static_cast<size_t>(token) * block.ids->nb[1]);
-        for (int64_t k = 0; k < block.top_k(); k++) {
-            if (ids[k] >= 0 && ids[k] < block.n_expert) {
-                is_active_[static_cast<size_t>(ids[k])] = 1;
-            }
-        }
-    }
+block_plan dispatcher::plan() const {
     block_plan planned;
     planned.n_experts_cpu = static_cast<int>(std::count(is_active_.begin(), is_active_.end(), 1));
     return planned;

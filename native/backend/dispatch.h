@@ -3,6 +3,7 @@
 
 #include "counters.h"
 #include "cpu_executor.h"
+#include "kernel_executor.h"
 #include "match.h"
 #include "settings.h"
 
@@ -29,16 +30,19 @@ public:
 
 private:
     ggml_status run_block(ggml_tensor ** nodes, const moe_block & block);
+    ggml_status run_with_kernels(ggml_tensor ** nodes, const moe_block & block, const described_block & described);
+    ggml_status run_with_ggml(ggml_tensor ** nodes, const moe_block & block);
     ggml_status run_delegated(ggml_tensor ** nodes, const segment & rest);
-    block_plan  plan(const moe_block & block);
-    int         n_threads_for(size_t n_bytes) const;
+    int n_threads_for(size_t n_bytes) const;
+    void mark_active(const int32_t * ids, size_t n_ids);
+    block_plan plan() const;
 
-    settings                  config_;
     std::shared_ptr<counters> counters_;
-    cpu_executor              cpu_;
-    int                       n_threads_ = GGML_DEFAULT_N_THREADS;
-    std::vector<segment>      segments_;
-    std::vector<uint8_t>      is_active_; // per expert: routed to in this step
+    cpu_executor cpu_;
+    std::unique_ptr<kernel_executor> kernels_; // null: everything through ggml's kernels
+    int n_threads_ = GGML_DEFAULT_N_THREADS;
+    std::vector<segment> segments_;
+    std::vector<uint8_t> is_active_; // per expert: routed to in this step
 };
 
 } // namespace hybrimoe

@@ -92,7 +92,7 @@ public:
                 push_rest(begin, n_);
                 return;
             }
-            segment   found;
+            segment found;
             const int end = measure(begin, first, found.block);
             if (is_block(found.block)) {
                 found.is_block    = true;
@@ -166,8 +166,8 @@ private:
         out_.push_back(rest);
     }
 
-    ggml_tensor **         nodes_;
-    int                    n_;
+    ggml_tensor ** nodes_;
+    int n_;
     std::vector<segment> & out_;
 };
 

@@ -21,13 +21,15 @@ namespace {
 
 constexpr const char * backend_name = "HybriMoE";
 
-ggml_backend_reg_t         registry();
-ggml_backend_dev_t         device();
+ggml_backend_reg_t registry();
+ggml_backend_dev_t device();
 ggml_backend_buffer_type_t buffer_type();
 
 // --- buffer type: plain host memory under a name of its own, so that the scheduler sends its users to our backend
 
-const char * buffer_type_name(ggml_backend_buffer_type_t) { return backend_name; }
+const char * buffer_type_name(ggml_backend_buffer_type_t) {
+    return backend_name;
+}
 
 ggml_backend_buffer_t buffer_type_alloc(ggml_backend_buffer_type_t buft, size_t size) {
     ggml_backend_buffer_t buffer = ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), size);
@@ -41,7 +43,9 @@ size_t buffer_type_alignment(ggml_backend_buffer_type_t) {
     return ggml_backend_buft_get_alignment(ggml_backend_cpu_buffer_type());
 }
 
-bool buffer_type_is_host(ggml_backend_buffer_type_t) { return true; }
+bool buffer_type_is_host(ggml_backend_buffer_type_t) {
+    return true;
+}
 
 ggml_backend_buffer_type_t buffer_type() {
     static ggml_backend_buffer_type type = [] {
@@ -59,16 +63,21 @@ ggml_backend_buffer_type_t buffer_type() {
 // --- backend: one instance per llama_context
 
 struct backend_state {
-    explicit backend_state(instance_ticket ticket) : id(ticket.id), dispatch(current_settings(), std::move(ticket.data)) {}
+    explicit backend_state(instance_ticket ticket)
+        : id(ticket.id), dispatch(current_settings(), std::move(ticket.data)) {}
     ~backend_state() { forget_instance(id); }
 
-    uint64_t   id;
+    uint64_t id;
     dispatcher dispatch;
 };
 
-backend_state & state_of(ggml_backend_t backend) { return *static_cast<backend_state *>(backend->context); }
+backend_state & state_of(ggml_backend_t backend) {
+    return *static_cast<backend_state *>(backend->context);
+}
 
-const char * backend_get_name(ggml_backend_t) { return backend_name; }
+const char * backend_get_name(ggml_backend_t) {
+    return backend_name;
+}
 
 void backend_free(ggml_backend_t backend) {
     delete static_cast<backend_state *>(backend->context);
@@ -87,11 +96,14 @@ ggml_status backend_graph_compute(ggml_backend_t backend, ggml_cgraph * graph) {
 }
 
 ggml_guid_t backend_guid() {
-    static ggml_guid guid = {0x68, 0x79, 0x62, 0x72, 0x69, 0x6d, 0x6f, 0x65, 0x9d, 0x1c, 0x4e, 0x53, 0xa7, 0x20, 0x3b, 0xf1};
+    static ggml_guid guid = {0x68, 0x79, 0x62, 0x72, 0x69, 0x6d, 0x6f, 0x65,
+                             0x9d, 0x1c, 0x4e, 0x53, 0xa7, 0x20, 0x3b, 0xf1};
     return &guid;
 }
 
-void backend_set_n_threads(ggml_backend_t backend, int n_threads) { state_of(backend).dispatch.set_n_threads(n_threads); }
+void backend_set_n_threads(ggml_backend_t backend, int n_threads) {
+    state_of(backend).dispatch.set_n_threads(n_threads);
+}
 
 void backend_set_abort_callback(ggml_backend_t backend, ggml_abort_callback callback, void * data) {
     state_of(backend).dispatch.set_abort_callback(callback, data);
@@ -99,16 +111,22 @@ void backend_set_abort_callback(ggml_backend_t backend, ggml_abort_callback call
 
 // --- device
 
-const char * device_get_name(ggml_backend_dev_t) { return backend_name; }
+const char * device_get_name(ggml_backend_dev_t) {
+    return backend_name;
+}
 
-const char * device_get_description(ggml_backend_dev_t) { return "hybrid CPU and GPU dispatch of MoE experts"; }
+const char * device_get_description(ggml_backend_dev_t) {
+    return "hybrid CPU and GPU dispatch of MoE experts";
+}
 
 void device_get_memory(ggml_backend_dev_t, size_t * free, size_t * total) {
     *free  = 0; // none of its own: experts live in the host's memory
     *total = 0;
 }
 
-enum ggml_backend_dev_type device_get_type(ggml_backend_dev_t) { return GGML_BACKEND_DEVICE_TYPE_ACCEL; }
+enum ggml_backend_dev_type device_get_type(ggml_backend_dev_t) {
+    return GGML_BACKEND_DEVICE_TYPE_ACCEL;
+}
 
 void device_get_props(ggml_backend_dev_t dev, ggml_backend_dev_props * props) {
     *props             = {};
@@ -122,8 +140,8 @@ void device_get_props(ggml_backend_dev_t dev, ggml_backend_dev_props * props) {
 
 ggml_backend_t device_init_backend(ggml_backend_dev_t dev, const char *) {
     try {
-        auto           state = std::make_unique<backend_state>(register_instance());
-        ggml_backend_t made  = new ggml_backend{};
+        auto state                = std::make_unique<backend_state>(register_instance());
+        ggml_backend_t made       = new ggml_backend{};
         made->guid                = backend_guid();
         made->iface.get_name      = backend_get_name;
         made->iface.free          = backend_free;
@@ -137,7 +155,9 @@ ggml_backend_t device_init_backend(ggml_backend_dev_t dev, const char *) {
     }
 }
 
-ggml_backend_buffer_type_t device_get_buffer_type(ggml_backend_dev_t) { return buffer_type(); }
+ggml_backend_buffer_type_t device_get_buffer_type(ggml_backend_dev_t) {
+    return buffer_type();
+}
 
 ggml_backend_buffer_t device_buffer_from_host_ptr(ggml_backend_dev_t, void * ptr, size_t size, size_t) {
     ggml_backend_buffer_t buffer = ggml_backend_cpu_buffer_from_ptr(ptr, size);
@@ -152,7 +172,9 @@ bool device_supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
     return cpu != nullptr && claims(op, buffer_type(), cpu);
 }
 
-bool device_supports_buft(ggml_backend_dev_t, ggml_backend_buffer_type_t buft) { return ggml_backend_buft_is_host(buft); }
+bool device_supports_buft(ggml_backend_dev_t, ggml_backend_buffer_type_t buft) {
+    return ggml_backend_buft_is_host(buft);
+}
 
 ggml_backend_dev_t device() {
     static ggml_backend_device the_device = [] {
@@ -175,11 +197,17 @@ ggml_backend_dev_t device() {
 
 // --- registry
 
-const char * registry_get_name(ggml_backend_reg_t) { return backend_name; }
+const char * registry_get_name(ggml_backend_reg_t) {
+    return backend_name;
+}
 
-size_t registry_get_device_count(ggml_backend_reg_t) { return 1; }
+size_t registry_get_device_count(ggml_backend_reg_t) {
+    return 1;
+}
 
-ggml_backend_dev_t registry_get_device(ggml_backend_reg_t, size_t) { return device(); }
+ggml_backend_dev_t registry_get_device(ggml_backend_reg_t, size_t) {
+    return device();
+}
 
 void * registry_get_proc_address(ggml_backend_reg_t, const char * name) {
     if (std::strcmp(name, "ggml_backend_set_n_threads") == 0) {

@@ -1,5 +1,7 @@
 #include "settings.h"
 
+#include "kernels/moe_kernels.h"
+
 #include "nlohmann/json.hpp"
 
 #include <cstdlib>
@@ -10,11 +12,21 @@ namespace hybrimoe {
 
 namespace {
 
-cpu_kernels parse_kernels(const std::string & name) {
-    if (name == "ggml") {
-        return cpu_kernels::ggml;
+void parse_kernels(const std::string & name, settings & out) {
+    if (name == "auto" || name == "ggml") {
+        out.kernels = name == "ggml" ? cpu_kernels::ggml : cpu_kernels::best;
+        out.kernel_set.clear();
+        return;
     }
-    throw std::invalid_argument("cpu_kernels is \"" + name + "\", known: \"ggml\"");
+    if (kernels::find_kernel_set(name.c_str()) == nullptr) {
+        std::string known = "\"auto\", \"ggml\"";
+        for (const char * const * one = kernels::available_kernel_sets(); *one != nullptr; one++) {
+            known += std::string(", \"") + *one + "\"";
+        }
+        throw std::invalid_argument("cpu_kernels is \"" + name + "\", this CPU has: " + known);
+    }
+    out.kernels    = cpu_kernels::named;
+    out.kernel_set = name;
 }
 
 std::mutex & guard() {
@@ -24,10 +36,10 @@ std::mutex & guard() {
 
 settings & stored() {
     static settings value = [] {
-        settings     initial;
-        const char * kernels = std::getenv("HYBRIMOE_CPU");
-        if (kernels != nullptr && *kernels != '\0') {
-            initial.kernels = parse_kernels(kernels);
+        settings initial;
+        const char * given = std::getenv("HYBRIMOE_CPU");
+        if (given != nullptr && *given != '\0') {
+            parse_kernels(given, initial);
         }
         return initial;
     }();
@@ -53,7 +65,7 @@ settings parse_settings(const std::string & json, settings base) {
         if (!value.is_string()) {
             throw std::invalid_argument("cpu_kernels must be a string");
         }
-        base.kernels = parse_kernels(value.get<std::string>());
+        parse_kernels(value.get<std::string>(), base);
     }
     return base;
 }

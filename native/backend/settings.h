@@ -5,10 +5,12 @@
 
 namespace hybrimoe {
 
-enum class cpu_kernels { ggml };
+// Who computes experts on the CPU: ggml's kernels, our best for this CPU, or ours for one instruction set.
+enum class cpu_kernels { ggml, best, named };
 
 struct settings {
-    cpu_kernels kernels = cpu_kernels::ggml;
+    cpu_kernels kernels = cpu_kernels::best;
+    std::string kernel_set; // with cpu_kernels::named: "avx512", "avxvnni", "avx2" or "scalar"
 };
 
 // Parses one JSON object over `base`. Throws std::invalid_argument naming the key and the values it may have.
@@ -16,6 +18,6 @@ settings parse_settings(const std::string & json, settings base);
 
 // The process-wide settings that new instances copy; the environment (HYBRIMOE_CPU) gives the defaults.
 settings current_settings();
-void     set_current_settings(const settings & value);
+void set_current_settings(const settings & value);
 
 } // namespace hybrimoe

@@ -1,14 +1,14 @@
-// The plug-in's C interface: everything Python (or any other host) may ask of libggml-hybrimoe.so beyond ggml's backend API.
-// All functions are thread-safe. Strings are UTF-8 and owned by the library unless stated otherwise.
+// The plug-in's C interface: everything Python (or any other host) may ask of libggml-hybrimoe.so beyond ggml's backend
+// API. All functions are thread-safe. Strings are UTF-8 and owned by the library unless stated otherwise.
 #pragma once
 
 #include <stddef.h>
 #include <stdint.h>
 
 #if defined(__GNUC__)
-#    define HYBRIMOE_API __attribute__((visibility("default")))
+#define HYBRIMOE_API __attribute__((visibility("default")))
 #else
-#    define HYBRIMOE_API
+#define HYBRIMOE_API
 #endif
 
 #ifdef __cplusplus
@@ -18,17 +18,18 @@ extern "C" {
 // Raised by one with every change of this header that an older caller would misread.
 #define HYBRIMOE_ABI_VERSION 1
 
-HYBRIMOE_API int          hybrimoe_abi_version(void);
+HYBRIMOE_API int hybrimoe_abi_version(void);
 HYBRIMOE_API const char * hybrimoe_version(void);
 // The ggml release and backend API the plug-in was compiled for; both must equal the running ggml's.
 HYBRIMOE_API const char * hybrimoe_ggml_version(void);
-HYBRIMOE_API int          hybrimoe_ggml_backend_api_version(void);
+HYBRIMOE_API int hybrimoe_ggml_backend_api_version(void);
 
 // Why the running ggml cannot be used, or NULL when it can. Call it before ggml_backend_load().
 HYBRIMOE_API const char * hybrimoe_check_ggml(void);
 
 // Sets what backend instances created from now on use; instances that exist keep their settings.
-// `json` is one object; known keys: "cpu_kernels" ("ggml"). Returns 0, or -1 with a message in `error` and nothing changed.
+// `json` is one object; known keys: "cpu_kernels" ("ggml"). Returns 0, or -1 with a message in `error` and nothing
+// changed.
 HYBRIMOE_API int hybrimoe_configure(const char * json, char * error, size_t error_size);
 
 // llama.cpp creates one backend instance per llama_context. Ids start at 1 and are never used twice.
@@ -43,9 +44,9 @@ struct hybrimoe_layer_counters {
     uint64_t n_blocks_delegated; // blocks not recognised: handed node by node to ggml's CPU backend
     uint64_t n_experts_cpu;      // (expert, step) pairs computed on the CPU
     uint64_t n_experts_gpu;      // (expert, step) pairs computed on an accelerator
-    double   router_us;          // router, top-k and weights
-    double   experts_us;         // expert FFNs
-    double   merge_us;           // weighted sum over a token's experts
+    double router_us;            // router, top-k and weights
+    double experts_us;           // expert FFNs
+    double merge_us;             // weighted sum over a token's experts
 };
 
 // Number of layers for which the instance holds counters (highest layer index seen + 1); 0 for an unknown instance.
@@ -54,7 +55,7 @@ HYBRIMOE_API int32_t hybrimoe_n_layers(uint64_t instance);
 HYBRIMOE_API int hybrimoe_get_layer_counters(uint64_t instance, int32_t layer, struct hybrimoe_layer_counters * out);
 // Nodes computed outside any recognised MoE block (evaluation callbacks, unmatched graphs), by ggml's CPU backend.
 HYBRIMOE_API uint64_t hybrimoe_n_nodes_delegated(uint64_t instance);
-HYBRIMOE_API int      hybrimoe_reset_counters(uint64_t instance);
+HYBRIMOE_API int hybrimoe_reset_counters(uint64_t instance);
 
 #ifdef __cplusplus
 }

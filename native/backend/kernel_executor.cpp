@@ -1,0 +1,224 @@
+#include "kernel_executor.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+#include <thread>
+
+namespace hybrimoe {
+
+namespace {
+
+// Spins before a waiting thread gives its processor away: far longer than any phase of a decode step takes.
+constexpr int max_spins = 20000;
+
+uint64_t now_ns() {
+    const auto past = std::chrono::steady_clock::now().time_since_epoch();
+    return static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(past).count());
+}
+
+void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+struct span {
+    const char * begin;
+    const char * end;
+};
+
+span memory_of(const ggml_tensor * t) {
+    const char * data = static_cast<const char *>(t->data);
+    return {data, data + ggml_nbytes(t)};
+}
+
+bool overlap(const ggml_tensor * a, const ggml_tensor * b) {
+    const span left  = memory_of(a);
+    const span right = memory_of(b);
+    return left.begin < right.end && right.begin < left.end;
+}
+
+const kernels::kernel_set * choose_set(const settings & config) {
+    if (config.kernels == cpu_kernels::best) {
+        return kernels::best_kernel_set();
+    }
+    const kernels::kernel_set * set = kernels::find_kernel_set(config.kernel_set.c_str());
+    if (set == nullptr) {
+        throw std::invalid_argument("this CPU or build has no kernels for \"" + config.kernel_set + "\"");
+    }
+    return set;
+}
+
+} // namespace
+
+void spin_barrier::wait(int n_threads) {
+    if (n_threads == 1) {
+        return;
+    }
+    const int generation = generation_.load(std::memory_order_relaxed);
+    if (n_arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == n_threads) {
+        n_arrived_.store(0, std::memory_order_relaxed);
+        generation_.store(generation + 1, std::memory_order_release);
+        return;
+    }
+    for (int spins = 0; generation_.load(std::memory_order_acquire) == generation; spins++) {
+        if (spins < max_spins) {
+            relax();
+        } else {
+            std::this_thread::yield();
+        }
+    }
+}
+
+kernel_executor::kernel_executor(const settings & config) : set_(choose_set(config)), scratch_(nullptr, std::free) {
+    ggml_init_params params{};
+    params.mem_size = 2 * ggml_tensor_overhead();
+    params.no_alloc = true;
+    context_        = ggml_init(params);
+    if (context_ == nullptr) {
+        throw std::bad_alloc();
+    }
+    node_ = ggml_custom_4d(context_, GGML_TYPE_F32, 1, 1, 1, 1, nullptr, 0, callback, GGML_N_TASKS_MAX, this);
+    node_->flags |= GGML_TENSOR_FLAG_COMPUTE;
+    ggml_set_name(node_, "hybrimoe_experts");
+}
+
+kernel_executor::~kernel_executor() {
+    ggml_free(context_);
+}
+
+std::optional<described_block> kernel_executor::accept(ggml_tensor ** nodes, const moe_block & block) {
+    return describe(nodes, block, external, this);
+}
+
+const kernels::external_type * kernel_executor::external(ggml_type type, void * self) {
+    auto & known     = static_cast<kernel_executor *>(self)->externals_;
+    const auto found = known.find(type);
+    if (found != known.end()) {
+        return &found->second;
+    }
+    const ggml_type_traits_cpu * traits = find_type_traits(type);
+    if (traits == nullptr || traits->vec_dot == nullptr) {
+        return nullptr;
+    }
+    const ggml_type_traits_cpu * of_input = find_type_traits(traits->vec_dot_type);
+    if (of_input == nullptr || of_input->from_float == nullptr) {
+        return nullptr;
+    }
+    kernels::external_type made{};
+    made.vec_dot          = traits->vec_dot;
+    made.from_float       = of_input->from_float;
+    made.act_block_bytes  = ggml_type_size(traits->vec_dot_type);
+    made.act_block_values = static_cast<int32_t>(ggml_blck_size(traits->vec_dot_type));
+    return &known.emplace(type, made).first->second;
+}
+
+void kernel_executor::reserve(size_t n_bytes) {
+    if (n_bytes <= scratch_bytes_) {
+        return;
+    }
+    constexpr size_t alignment = 64;
+    const size_t rounded       = (n_bytes + alignment - 1) / alignment * alignment;
+    scratch_.reset();
+    scratch_bytes_ = 0;
+    scratch_.reset(static_cast<uint8_t *>(std::aligned_alloc(alignment, rounded)));
+    if (scratch_ == nullptr) {
+        throw std::bad_alloc();
+    }
+    scratch_bytes_ = rounded;
+}
+
+kernel_executor::result kernel_executor::run(cpu_executor & cpu, ggml_tensor ** nodes, const moe_block & block,
+                                             const described_block & described, int n_threads) {
+    block_     = &block;
+    described_ = &described;
+    plan_ = kernels::make_plan(set_, described.layer, block.n_tokens(), static_cast<int32_t>(block.top_k()), n_threads);
+    reserve(plan_.scratch_bytes);
+    const size_t n_pairs = static_cast<size_t>(block.n_tokens() * block.top_k());
+    ids_.resize(n_pairs);
+    weights_.resize(n_pairs);
+
+    const ggml_tensor * x  = described.x;
+    ggml_tensor * y        = described.y;
+    batch_                 = {};
+    batch_.n_tokens        = block.n_tokens();
+    batch_.top_k           = static_cast<int32_t>(block.top_k());
+    batch_.x               = static_cast<const float *>(x->data);
+    batch_.x_token_bytes   = x->nb[2];
+    batch_.ids             = ids_.data();
+    batch_.weights         = weights_.data();
+    batch_.ids_token_bytes = batch_.weights_token_bytes = static_cast<size_t>(block.top_k()) * sizeof(float);
+    batch_.y                                            = static_cast<float *>(y->data);
+    batch_.y_token_bytes                                = y->nb[1];
+    const bool y_over_x                                 = overlap(x, y);
+    if (y_over_x) {
+        y_copy_.resize(static_cast<size_t>(ggml_nelements(y)));
+        batch_.y             = y_copy_.data();
+        batch_.y_token_bytes = static_cast<size_t>(y->ne[0]) * sizeof(float);
+    }
+
+    graph_.assign(nodes + block.begin, nodes + block.experts);
+    graph_.push_back(node_);
+    result out;
+    const uint64_t start = now_ns();
+    experts_start_ns_    = start; // stays so when an abort callback ends the graph before our node
+    out.status           = cpu.run(graph_.data(), static_cast<int>(graph_.size()), n_threads);
+    const uint64_t end   = now_ns();
+    if (y_over_x) {
+        for (int64_t token = 0; token < block.n_tokens(); token++) {
+            std::memcpy(static_cast<char *>(y->data) + static_cast<size_t>(token) * y->nb[1],
+                        y_copy_.data() + token * y->ne[0], static_cast<size_t>(y->ne[0]) * sizeof(float));
+        }
+    }
+    out.router_ns  = experts_start_ns_ - start;
+    out.experts_ns = end - experts_start_ns_;
+    return out;
+}
+
+void kernel_executor::callback(ggml_tensor *, int thread, int n_threads, void * self) {
+    static_cast<kernel_executor *>(self)->work(thread, n_threads);
+}
+
+// ggml may place the block's output over the router's results, which are dead by then in its own order: copy them
+// first.
+void kernel_executor::take_inputs() {
+    const size_t n_tokens = static_cast<size_t>(block_->n_tokens());
+    const size_t row      = static_cast<size_t>(block_->top_k()) * sizeof(float);
+    const auto * ids      = static_cast<const char *>(block_->ids->data);
+    const auto * weights  = static_cast<const char *>(described_->weights->data);
+    for (size_t token = 0; token < n_tokens; token++) {
+        std::memcpy(reinterpret_cast<char *>(ids_.data()) + token * row, ids + token * block_->ids->nb[1], row);
+        std::memcpy(reinterpret_cast<char *>(weights_.data()) + token * row,
+                    weights + token * described_->weights->nb[2], row);
+    }
+}
+
+void kernel_executor::work(int thread, int n_threads) {
+    struct meeting {
+        spin_barrier * barrier;
+        int n_threads;
+    } here{&barrier_, n_threads};
+
+    if (thread == 0) {
+        experts_start_ns_ = now_ns();
+        take_inputs();
+    }
+    barrier_.wait(n_threads);
+    kernels::team team;
+    team.index   = thread;
+    team.count   = n_threads;
+    team.ctx     = &here;
+    team.barrier = [](void * context) {
+        auto * met = static_cast<meeting *>(context);
+        met->barrier->wait(met->n_threads);
+    };
+    kernels::moe_forward(plan_, described_->layer, batch_, scratch_.get(), team);
+}
+
+} // namespace hybrimoe
