@@ -710,7 +710,6 @@ inline void tile_products(const packed_group & w, const int8_t (&x)[8][panel_tok
 #pragma GCC unroll 8
     for (int k0 = first; k0 < last; k0 += kind::steps) {
         __m256i pairs[n_t][2];
-#pragma GCC unroll 8
         for (int k = k0; k < k0 + kind::steps && k < last; ++k) {
             const __m256i w0 = load256(w.q[k][0]);
             const __m256i w1 = load256(w.q[k][8]);
