@@ -231,7 +231,7 @@ def _run_demo(d: Diagnosis) -> None:
     """Whether experts really run in the plug-in: the demo model answers in a process of its own."""
     from hybrimoe.models import store
 
-    path = store.demo_path()
+    path = store.models_dir() / f"{store.DEMO_NAME}.gguf"
     if not path.is_file():
         d.demo = {"built": False}
         d.findings.append(

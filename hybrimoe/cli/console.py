@@ -13,6 +13,7 @@ from hybrimoe.errors import HybrimoeError, render
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress
 
 # Without a terminal a quick step prints nothing at all.
 _QUIET_S = 2.0
@@ -59,39 +60,67 @@ def output_console() -> Console:
 
 @contextlib.contextmanager
 def progress(what: str) -> Iterator[Callable[[float], None]]:
-    """Shows how far `what` is: gives a function that takes the share done, from 0 to 1.
-
-    A bar with the time left on a terminal; plain lines for slow steps otherwise.
-    """
-    if is_terminal(sys.stderr):
-        with _bar(what) as update:
-            yield update
-    else:
-        yield _plain(what)
+    """Shows how far `what` is: gives a function that takes the share done, from 0 to 1."""
+    with stages() as update:
+        yield lambda share: update(what, share)
 
 
 @contextlib.contextmanager
-def _bar(what: str) -> Iterator[Callable[[float], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+def stages() -> Iterator[Callable[[str, float], None]]:
+    """Shows the progress of steps: gives a function that takes what is being done and the share of it that is done.
 
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=1.0)
-        yield lambda share: bar.update(task, completed=share)
+    A bar with the time left on a terminal; otherwise plain lines, and only for steps that take a while. Shows nothing
+    until it is called.
+    """
+    if not is_terminal(sys.stderr):
+        yield _PlainSteps().update
+        return
+    bar = _Bar()
+    try:
+        yield bar.update
+    finally:
+        bar.stop()
 
 
-def _plain(what: str) -> Callable[[float], None]:
-    start = time.monotonic()
-    next_share = 0.0
+class _Bar:
+    def __init__(self) -> None:
+        self._progress: Progress | None = None
+        self._label = ""
 
-    def update(share: float) -> None:
-        nonlocal next_share
-        passed = time.monotonic() - start
-        if passed < _QUIET_S or share < next_share:
+    def update(self, label: str, share: float) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        if self._progress is None:
+            label_column = TextColumn("{task.description}", markup=False)
+            columns = (label_column, BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+            self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._progress.start()
+        if label != self._label:
+            for task in self._progress.task_ids:
+                self._progress.remove_task(task)
+            self._task = self._progress.add_task(label, total=1.0)
+            self._label = label
+        self._progress.update(self._task, completed=share)
+
+    def stop(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+
+class _PlainSteps:
+    def __init__(self) -> None:
+        self._label = ""
+        self._start = 0.0
+        self._next_share = 0.0
+
+    def update(self, label: str, share: float) -> None:
+        now = time.monotonic()
+        if label != self._label:
+            self._label, self._start, self._next_share = label, now, 0.0
+        passed = now - self._start
+        if passed < _QUIET_S or share < self._next_share:
             return
         left = f", {passed / share * (1 - share):.0f} s left" if 0 < share < 1 else ""
-        note(f"{what}: {share:.0%}{left}")
-        next_share = share + _PLAIN_STEP
-
-    return update
+        note(f"{label}: {share:.0%}{left}")
+        self._next_share = share + _PLAIN_STEP

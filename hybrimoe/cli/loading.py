@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hybrimoe.cli.console import note, progress, size_text, warn
+from hybrimoe.cli.console import progress, size_text, stages, warn
 from hybrimoe.config import Settings
 from hybrimoe.errors import UsageError
 
 if TYPE_CHECKING:
     from hybrimoe.engine import Engine, EngineOptions
     from hybrimoe.generation import Sampling
+    from hybrimoe.models.recipe import DemoOptions
 
 
 def is_model(text: str) -> bool:
@@ -27,7 +28,7 @@ def is_model(text: str) -> bool:
             return True
     except (OSError, ValueError):
         return False
-    return text.endswith(".gguf") or text in {model.name for model in store.list_models()} | {store.DEMO}
+    return text.endswith(".gguf") or store.is_known_name(text)
 
 
 def split_positionals(settings: Settings, positionals: list[str]) -> tuple[str | None, str | None]:
@@ -49,20 +50,17 @@ def model_path(model: str | None) -> Path:
     """
     from hybrimoe.models import store
 
-    if model is None or model == store.DEMO:
-        return demo_path()
+    if model is None or (model == store.DEMO_NAME and not Path(model).is_file()):
+        return build_demo()
     return store.resolve(model)
 
 
-def demo_path() -> Path:
-    """The demo model's file; builds it, with progress, where it is missing."""
+def build_demo(options: DemoOptions | None = None, *, force: bool = False) -> Path:
+    """The demo model's file, built with progress on stderr where it is missing."""
     from hybrimoe.models import store
 
-    existing = store.demo_path()
-    if existing.is_file():
-        return existing
-    note("the built-in demo model is not there yet: building it (once, about a minute)")
-    return store.build_demo_with_progress()
+    with stages() as update:
+        return store.build_demo(options, update, force=force)
 
 
 def engine_options(settings: Settings) -> EngineOptions:

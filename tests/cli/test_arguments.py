@@ -6,14 +6,13 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from hybrimoe import __version__
-from hybrimoe.cli import main as program
+from hybrimoe.cli import app as program
 from hybrimoe.cli.flags import ALL_OPTIONS
 from hybrimoe.errors import ModelError
 
@@ -217,13 +216,8 @@ def loaded(monkeypatch: pytest.MonkeyPatch, home: Path) -> dict[str, Any]:
     from hybrimoe.models import store
 
     seen: dict[str, Any] = {}
-
-    def known(name: str) -> Path:
-        if name == "known":
-            return home / "known.gguf"
-        if not Path(name).exists():
-            raise ModelError(f"no model '{name}'", "hybrimoe models list")
-        return Path(name)
+    store.models_dir().mkdir(parents=True)
+    (store.models_dir() / "known.gguf").touch()
 
     @contextmanager
     def open_engine(_settings: Any, path: Path) -> Iterator[Any]:
@@ -231,9 +225,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch, home: Path) -> dict[str, Any]:
         raise ModelError("stop here")
         yield
 
-    monkeypatch.setattr(loading, "demo_path", lambda: Path("the-demo"))
-    monkeypatch.setattr(store, "resolve", known)
-    monkeypatch.setattr(store, "list_models", lambda *_, **__: [SimpleNamespace(name="known")])
+    monkeypatch.setattr(loading, "build_demo", lambda: Path("the-demo"))
     monkeypatch.setattr(run, "open_engine", open_engine)
     original = run.one_prompt
 

@@ -28,9 +28,14 @@ def report(call: Callable[..., Any]) -> Callable[..., tuple[int, dict[str, Any]]
 
 
 @pytest.fixture
-def demo(monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+def demo(home: Path, model: str) -> None:
     """A tiny model in the demo model's place."""
-    monkeypatch.setattr(store, "demo_path", lambda *_: Path(model))
+    put_demo(Path(model))
+
+
+def put_demo(model: Path) -> None:
+    store.models_dir().mkdir(parents=True)
+    (store.models_dir() / "demo.gguf").symlink_to(model.absolute())
 
 
 def findings(data: dict[str, Any], topic: str) -> list[dict[str, Any]]:
@@ -65,8 +70,7 @@ def test_settings_of_the_user_do_not_decide(report: Any, demo: None, home: Path,
     assert code == 0 and data["demo"]["verified"] is True
 
 
-def test_no_demo_model_is_a_note(report: Any, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
-    monkeypatch.setattr(store, "demo_path", lambda *_: home / "absent.gguf")
+def test_no_demo_model_is_a_note(report: Any) -> None:
     code, data = report()
     assert code == 0
     (finding,) = findings(data, "demo")
@@ -106,13 +110,13 @@ def test_a_plugin_that_is_loaded_but_unused_is_an_error(report: Any, demo: None,
     assert code == 5 and findings(data, "demo")[0]["level"] == "error"
 
 
-def test_a_failing_run_keeps_its_exit_code(report: Any, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+def test_a_failing_run_keeps_its_exit_code(report: Any, home: Path) -> None:
     broken = home / "broken.gguf"
     broken.write_bytes(b"GGUF")
-    monkeypatch.setattr(store, "demo_path", lambda *_: broken)
+    put_demo(broken)
     code, data = report()
     assert code == 3
-    assert "broken.gguf" in findings(data, "demo")[0]["message"]
+    assert "demo.gguf" in findings(data, "demo")[0]["message"]
 
 
 def test_a_card_that_the_build_cannot_use(report: Any, monkeypatch: pytest.MonkeyPatch) -> None:

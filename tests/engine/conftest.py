@@ -26,6 +26,7 @@ def open_engine(plugin: Any, tiny_model: Callable[..., Path]) -> Iterator[Callab
 
     def make(arch: str = "mixtral", type: str = "F32", progress: Any = None, **options: Any) -> Any:
         options.setdefault("n_ctx", 256)
+        options.setdefault("n_threads", 1)
         engine = Engine(tiny_model(arch, type), EngineOptions(**options), progress=progress)
         opened.append(engine)
         return engine

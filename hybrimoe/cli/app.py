@@ -1,0 +1,136 @@
+"""The application: its commands, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+
+from hybrimoe.cli import options
+from hybrimoe.cli.console import show_error
+from hybrimoe.cli.flags import CHAT_COMMAND_OPTIONS, RUN_COMMAND_OPTIONS
+from hybrimoe.config import Settings
+from hybrimoe.errors import EXIT_INTERRUPTED, EXIT_OK, HybrimoeError, UsageError, from_os_error
+
+# typer's own usage errors; their class has no public name in every release that we support.
+_TYPER_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
+
+
+def make_app() -> typer.Typer:
+    """The command-line application. Commands import what they need when they run."""
+    app = typer.Typer(
+        name="hybrimoe",
+        help="Run Mixture-of-Experts models on CPU and GPU together, on unmodified llama.cpp.",
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings=options.HELP_NAMES,
+    )
+
+    @app.callback(invoke_without_command=True)
+    def start(
+        context: typer.Context,
+        version: bool = typer.Option(False, "--version", help="Print the versions and end."),
+    ) -> None:
+        if version:
+            print(_versions())
+            raise typer.Exit(EXIT_OK)
+        if context.invoked_subcommand is None:
+            print(context.get_help())
+
+    options.command(app, "chat", _chat, CHAT_COMMAND_OPTIONS, "[MODEL]")
+    options.command(app, "run", _run, RUN_COMMAND_OPTIONS, "[MODEL] [PROMPT or -]")
+    from hybrimoe.cli import doctor, models
+
+    app.add_typer(models.make_app(), name="models")
+    doctor.add_to(app)
+    return app
+
+
+def _chat(settings: Settings, positionals: list[str]) -> int:
+    """Chat in the terminal; without MODEL with the built-in demo model.
+
+    Commands in the chat begin with a slash: /help lists them. When stdin is no terminal, each of its lines is answered.
+    """
+    from hybrimoe.cli.chat import chat
+
+    return chat(settings, positionals)
+
+
+def _run(settings: Settings, positionals: list[str]) -> int:
+    """Answer one prompt: from the argument, -p, -f FILE or stdin.
+
+    MODEL is a GGUF file or a name from 'hybrimoe models list'; without one the built-in demo model answers.
+    """
+    from hybrimoe.cli.run import run
+
+    return run(settings, positionals)
+
+
+def _versions() -> str:
+    from importlib import metadata
+
+    import hybrimoe
+
+    def version(package: str) -> str:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return "not installed"
+
+    return f"hybrimoe {hybrimoe.__version__} (llama-cpp-python {version('llama-cpp-python')})"
+
+
+def run_app(arguments: Sequence[str]) -> int:
+    """Runs the program and returns its exit code; what goes wrong is two lines on stderr."""
+    _prepare_streams()
+    verbose = "-v" in arguments or "--verbose" in arguments
+    try:
+        code = make_app()(args=list(arguments), prog_name="hybrimoe", standalone_mode=False)
+        return code if isinstance(code, int) else EXIT_OK
+    except HybrimoeError as error:
+        _fail(error, verbose)
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        return EXIT_INTERRUPTED
+    except _TYPER_ERROR as error:
+        return _usage_error(error, arguments)
+    except BrokenPipeError:
+        return options.forget_stdout()
+    except OSError as error:
+        return _fail(from_os_error(error, f"use '{error.filename}'" if error.filename else "go on"), verbose)
+    except MemoryError:
+        return _fail(HybrimoeError("memory is used up", "use a smaller context with -c, or a smaller model"), verbose)
+    except Exception as error:
+        return _fail(HybrimoeError(f"unexpected {type(error).__name__}: {error}", "run again with -v"), verbose)
+
+
+def _prepare_streams() -> None:
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            # The caller closed it (`>&-`): what would go there goes nowhere.
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
+        stream = getattr(sys, name)
+        # What the terminal's encoding lacks becomes '?' instead of an error.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def _fail(error: HybrimoeError, verbose: bool) -> int:
+    """Prints the error, with the traceback when the user asked for details. Returns the exit code."""
+    if verbose and sys.exc_info()[0] is not None:
+        import traceback
+
+        traceback.print_exc()
+    show_error(error)
+    return error.exit_code
+
+
+def _usage_error(error: Exception, arguments: Sequence[str]) -> int:
+    message = error.format_message() if hasattr(error, "format_message") else str(error)
+    command = next((a for a in arguments if not a.startswith("-")), "")
+    known = command in ("chat", "run", "models", "doctor")
+    hint = f"hybrimoe {command} --help" if known else "hybrimoe --help"
+    return _fail(UsageError(message[:1].lower() + message[1:], hint), verbose=False)
