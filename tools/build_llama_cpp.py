@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Builds plain llama.cpp programs from the sdist of the pinned llama-cpp-python, to compare with and run the plug-in in.
+"""Builds plain llama.cpp programs from the sdist of the pinned llama-cpp-python, for comparisons and with the plug-in.
 
 The source is the very llama.cpp that the plug-in is compiled for, so `GGML_BACKEND_PATH` works with what comes out. The
 programs are kept in the user's cache, and only missing ones are built. Prints the folder that holds them.

@@ -25,8 +25,8 @@ def check_dispatch(path: Path, reply: Reply, *, n_blocks_per_layer: int = 1) -> 
         assert counts["n_blocks"] == len(steps) * n_blocks_per_layer
         assert counts["n_steps"] == len(steps) * n_blocks_per_layer
         assert counts["n_tokens"] == sum(steps) * n_blocks_per_layer
-        fewest = sum(top_k for _ in steps)
-        most = sum(min(n_experts, top_k * n_tokens) for n_tokens in steps)
+        fewest = top_k * len(steps)
+        most = n_blocks_per_layer * sum(min(n_experts, top_k * n_tokens) for n_tokens in steps)
         assert fewest <= counts["n_experts_cpu"] <= most
         assert counts["n_experts_gpu"] == 0
         assert all(counts[part] > 0 for part in ("router_us", "experts_us"))

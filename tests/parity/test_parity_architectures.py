@@ -1,0 +1,68 @@
+"""Every MoE architecture that llama.cpp knows, on the tiny models that its own test program writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from checks import check_dispatch
+from sides import Reply, Side, compare
+
+from hybrimoe.errors import HybrimoeError
+from hybrimoe.gguf_model import inspect
+
+pytestmark = pytest.mark.slow
+
+# fmt: off
+ARCHITECTURES = [
+    "afmoe", "arctic", "bailingmoe", "bailingmoe2", "bailingmoe3", "cohere2moe", "dbrx", "deepseek", "deepseek2",
+    "deepseek32", "deepseek4", "dots1", "dots3note", "ernie4_5-moe", "exaone-moe", "glm-dsa", "glm4moe", "glm5-next",
+    "gpt-oss", "granite", "granitemoe", "grok", "grovemoe", "hunyuan-moe", "hy_v3", "hy_v4", "kimi-k3", "kimi-linear",
+    "laguna", "lfm2moe", "llada-moe", "llama", "llama4", "maple", "mellum", "mimo2", "minicpm", "minimax-01",
+    "minimax-m2", "minimax-m3", "mistral3", "mistral4", "olmoe", "phimoe", "qwen2moe", "qwen35moe", "qwen3moe",
+    "qwen3next", "qwen3vlmoe", "qwen4exp", "rnd1", "smallthinker",
+]
+# fmt: on
+# llama.cpp loads experts for this architecture, but its graph has the dense FFN only.
+WITHOUT_MOE_GRAPH = {"refact"}
+# Two groups of experts in each layer, so two blocks.
+N_BLOCKS_PER_LAYER = {"grovemoe": 2}
+PREFILL = [1, 7, 33]
+
+
+def model_file(folder: Path, arch: str) -> Path:
+    return folder / f"{arch}-moe.gguf"
+
+
+def is_moe(path: Path) -> bool:
+    try:
+        return bool(inspect(path).require_moe().moe_layer_indices)
+    except HybrimoeError:
+        return False
+
+
+def test_the_list_is_complete(architecture_models: Path) -> None:
+    found = {path.name.removesuffix("-moe.gguf") for path in architecture_models.glob("*-moe.gguf") if is_moe(path)}
+    assert found == {*ARCHITECTURES, *WITHOUT_MOE_GRAPH}
+
+
+def check(plain: Side, ours: Side, path: Path, arch: str) -> tuple[Reply, bool]:
+    got = ours.ask("logits", path, prefill=PREFILL)
+    difference = compare(plain.ask("logits", path, prefill=PREFILL), got)
+    assert difference.nmse <= 1e-5, difference
+    check_dispatch(path, got, n_blocks_per_layer=N_BLOCKS_PER_LAYER.get(arch, 1))
+    return got, difference.is_equal
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_as_llama_cpp_writes_it(plain: Side, ours: Side, architecture_models: Path, arch: str) -> None:
+    _, is_equal = check(plain, ours, model_file(architecture_models, arch), arch)
+    assert is_equal
+
+
+@pytest.mark.parametrize("arch", sorted(WITHOUT_MOE_GRAPH))
+def test_experts_that_no_graph_uses(plain: Side, ours: Side, architecture_models: Path, arch: str) -> None:
+    path = model_file(architecture_models, arch)
+    got = ours.ask("logits", path, prefill=PREFILL)
+    assert compare(plain.ask("logits", path, prefill=PREFILL), got).is_equal
+    assert not got.layers
