@@ -1,8 +1,8 @@
 """Build and install the pinned llama-cpp-python into the running environment, for the accelerator at hand.
 
-The sdist is fetched once through pip and checked against native/cmake/llama_cpp_release.txt. The built wheel is kept in
-the user's cache under a key of release, accelerator and CPU, so that a second checkout installs it in seconds; pip's own
-wheel cache knows neither. Prints progress while it compiles. Needs nothing but the standard library.
+The sdist is fetched once through pip and checked against native/cmake/llama_cpp_release.txt. The built wheel is kept
+in the user's cache under a key of release, accelerator and CPU, so that a second checkout installs it in seconds; pip's
+own wheel cache knows neither. Prints progress while it compiles. Needs nothing but the standard library.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def detect_gpu() -> str:
 def cpu_key() -> str:
     """Identify the CPU's instruction sets: ggml compiles for the very machine it is built on."""
     try:
-        flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features")))
+        flags = next(
+            line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))
+        )
     except (OSError, StopIteration):
         flags = os.uname().machine
     return hashlib.sha256(flags.encode()).hexdigest()[:10]
@@ -75,7 +77,9 @@ def build_wheel(sdist: Path, gpu: str, folder: Path) -> Path:
     wheels = sorted(folder.glob("llama_cpp_python-*.whl"))
     if process.wait() != 0 or not wheels:
         sys.stderr.writelines(tail)
-        hint = "the lines above say why; " + ("try GPU=none" if gpu != "none" else "a C++17 compiler and make are needed")
+        hint = "the lines above say why; " + (
+            "try GPU=none" if gpu != "none" else "a C++17 compiler and make are needed"
+        )
         fail("llama-cpp-python could not be built", hint)
     return wheels[0]
 

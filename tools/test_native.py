@@ -23,7 +23,16 @@ def run_native_tests(sanitize: str = "", jobs: int | None = None) -> int:
     """Configure, build and run the native tests; returns ctest's exit status."""
     build = ROOT / "build" / ("native" if not sanitize else f"native-{sanitize}")
     jobs = jobs or os.cpu_count() or 2
-    configure = [tool("cmake"), "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]
+    configure = [
+        tool("cmake"),
+        "-S",
+        str(ROOT),
+        "-B",
+        str(build),
+        "-G",
+        "Ninja",
+        f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
+    ]
     configure += ["-DHYBRIMOE_TESTS=ON", f"-DHYBRIMOE_SANITIZE={SANITIZERS[sanitize]}"]
     configure += [f"-DPython3_EXECUTABLE={sys.executable}"]
     for command in (configure, [tool("cmake"), "--build", str(build), "-j", str(jobs)]):

@@ -50,7 +50,7 @@ class LayerCounters:
 
 
 class Plugin:
-    """The loaded plug-in. Made by `load_plugin()`; one per process, because ggml keeps backends until the process ends."""
+    """The loaded plug-in, made by `load_plugin()`. One per process: ggml keeps backends until the process ends."""
 
     def __init__(self, path: Path, library: ctypes.CDLL, buffer_type: int) -> None:
         self.path = path

@@ -59,7 +59,7 @@ def sha256_of(path: Path) -> str:
 
 
 def fetch_sdist(version: str, sha256: str, folder: Path) -> Path:
-    """Download the sdist into `folder` through pip (its configured index, proxies and cache apply) and check its hash."""
+    """Download the sdist into `folder` through pip, whose configured index, proxies and cache apply."""
     print(f"fetching the sdist of {PACKAGE} {version} for ggml's headers (75 MB) ...", file=sys.stderr)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--no-binary", PACKAGE, f"{PACKAGE}=={version}", "-d", str(folder)]
@@ -130,7 +130,10 @@ def main() -> None:
             if not final.exists():
                 made.rename(final)
     except OSError as error:
-        fail(f"cannot write ggml's headers to {final}: {error.strerror or error}", "set XDG_CACHE_HOME to a folder you own")
+        fail(
+            f"cannot write ggml's headers to {final}: {error.strerror or error}",
+            "set XDG_CACHE_HOME to a folder you own",
+        )
     print(final)
 
 
