@@ -44,15 +44,17 @@ constexpr int tile_rows    = 16;
 
 struct alignas(32) panel_group32 {
     int8_t  q[8][panel_tokens][4];
-    int32_t n128[panel_tokens];  // -128 sum(q): accumulator start for weights stored with an offset of 128
+    // Accumulator starts, -offset sum(q): of weights packed with an offset of 128, and of q4_0, whose offset is the set's
+    int32_t start[panel_tokens];
+    int32_t start_q4_0[panel_tokens];
     float   d[panel_tokens];
     float   d_sum[panel_tokens];  // d sum(q)
 };
 
 struct alignas(32) panel_group256 {
     int8_t  q[8][panel_tokens][4];
-    int32_t n128_half[2][panel_tokens];  // of the two halves of 16
-    int32_t n128[panel_tokens];
+    int32_t start_q6_k[2][panel_tokens];  // of the two halves of 16; the offset is the set's
+    int32_t start[panel_tokens];          // offset 128
     float   sum[panel_tokens];
 };
 
@@ -72,7 +74,7 @@ struct alignas(64) packed_group {
     float   b[tile_rows];  // min, or the scale of the second half for q6_k
 };
 
-static_assert(sizeof(panel_group32) == 352 && sizeof(panel_group256) == 384 && sizeof(packed_group) == 640, "layout");
+static_assert(sizeof(panel_group32) == 384 && sizeof(panel_group256) == 384 && sizeof(packed_group) == 640, "layout");
 
 // f32 tiles are float[n][tile_rows].
 

@@ -662,19 +662,20 @@ void pack_float(const tile_source & source, int64_t first_value, int64_t n_value
 // ---------------------------------------------------------------------------------------------------------------
 // the 16 x 4 tile: two registers of rows, four tokens at a time
 
-// steps: how many 16-bit pairs of products may be added before they are widened. zero_shift: the packed values are too
-// large by 128 >> zero_shift; -1: by nothing.
-template <bool is_wide_, int steps_, int zero_shift_>
+// steps: how many 16-bit pairs of products may be added before they are widened. zero_shift: accumulators start from the
+// panel's value shifted right by so much; -1: from zero.
+template <bool is_wide_, int steps_, int zero_shift_, bool q4_0_ = false>
 struct byte_kind {
+    static constexpr bool q4_0       = q4_0_;
     static constexpr bool is_wide    = is_wide_;
     static constexpr int  steps      = steps_;
     static constexpr int  zero_shift = zero_shift_;
 };
 using kind_4_bit = byte_kind<false, 8, -1>;                  // 15 * 127 * 2 * 8 < 32768
-using kind_q4_0  = byte_kind<false, 8, 4>;
+using kind_q4_0  = byte_kind<false, 8, 0, true>;
 using kind_5_bit = byte_kind<false, 4, -1>;                  // 31 * 127 * 2 * 4
 using kind_mxfp4 = byte_kind<false, 4, 3>;
-using kind_q6_k  = byte_kind<false, 2, 2>;                   // 63 * 127 * 2 * 2
+using kind_q6_k  = byte_kind<false, 2, 0>;                   // 63 * 127 * 2 * 2
 using kind_wide  = byte_kind<true, 1, has_vnni ? 0 : -1>;
 
 template <int n_t>
@@ -683,12 +684,13 @@ struct accumulators {
 };
 
 template <class kind, int n_t>
-inline void tile_start(const int32_t * n128, accumulators<n_t> & acc) {
+inline void tile_start(const int32_t * start, accumulators<n_t> & acc) {
     for (int t = 0; t < n_t; ++t) {
         // -128 sum is a multiple of every power of two up to 128: the shift is exact
-        acc.v[t][0] = acc.v[t][1] = kind::zero_shift >= 0
-                                        ? _mm256_srai_epi32(_mm256_set1_epi32(n128[t]), kind::zero_shift >= 0 ? kind::zero_shift : 0)
-                                        : _mm256_setzero_si256();
+        const __m256i v           = _mm256_set1_epi32(start[t]);
+        acc.v[t][0] = acc.v[t][1] = kind::zero_shift < 0    ? _mm256_setzero_si256()
+                                    : kind::zero_shift == 0 ? v
+                                                            : _mm256_srai_epi32(v, kind::zero_shift < 0 ? 0 : kind::zero_shift);
     }
 }
 
@@ -797,7 +799,7 @@ struct gemm_32 {
         sum.load(args);
         for (int64_t g = 0; g < args.n_values / 32; ++g, ++w, ++x) {
             accumulators<n_t> acc;
-            tile_start<kind>(x->n128 + args.t0, acc);
+            tile_start<kind>((kind::q4_0 ? x->start_q4_0 : x->start) + args.t0, acc);
             tile_products<kind, n_t, 0, 8>(*w, x->q, args.t0, acc);
             sum.add(acc, w->a, x->d + args.t0);
             if (has_min) {
@@ -823,14 +825,14 @@ struct gemm_256 {
                 const panel_group256 & xg = x->group[g];
                 accumulators<n_t>      acc;
                 if (two_scales) {
-                    tile_start<kind>(xg.n128_half[0] + args.t0, acc);
+                    tile_start<kind>(xg.start_q6_k[0] + args.t0, acc);
                     tile_products<kind, n_t, 0, 4>(*w, xg.q, args.t0, acc);
                     part.add(acc, w->a, nullptr);
-                    tile_start<kind>(xg.n128_half[1] + args.t0, acc);
+                    tile_start<kind>(xg.start_q6_k[1] + args.t0, acc);
                     tile_products<kind, n_t, 4, 8>(*w, xg.q, args.t0, acc);
                     part.add(acc, w->b, nullptr);
                 } else {
-                    tile_start<kind>(xg.n128 + args.t0, acc);
+                    tile_start<kind>(xg.start + args.t0, acc);
                     tile_products<kind, n_t, 0, 8>(*w, xg.q, args.t0, acc);
                     part.add(acc, w->a, nullptr);
                     if (has_min) {
@@ -996,7 +998,8 @@ void panel_32(const void * const * rows, int n_rows, int64_t n, void * panel) {
             const row_block32   none  = {};
             const row_block32 & block = t < n_rows ? static_cast<const row_block32 *>(rows[t])[g] : none;
             v[t]                      = load256(block.q);
-            out->n128[t]              = -128 * static_cast<int32_t>(block.sum);
+            out->start[t]             = -128 * static_cast<int32_t>(block.sum);
+            out->start_q4_0[t]        = -8 * static_cast<int32_t>(block.sum);
             out->d[t]                 = block.d;
             out->d_sum[t]             = block.d * block.sum;
         }
@@ -1014,9 +1017,9 @@ void panel_256(const void * const * rows, int n_rows, int64_t n, void * panel) {
             for (int t = 0; t < panel_tokens; ++t) {
                 const row_block256 & block = t < n_rows ? static_cast<const row_block256 *>(rows[t])[b] : none;
                 v[t]                       = load256(block.q + 32 * g);
-                group.n128_half[0][t]      = -128 * static_cast<int32_t>(block.sum16[2 * g]);
-                group.n128_half[1][t]      = -128 * static_cast<int32_t>(block.sum16[2 * g + 1]);
-                group.n128[t]              = group.n128_half[0][t] + group.n128_half[1][t];
+                group.start_q6_k[0][t]     = -32 * static_cast<int32_t>(block.sum16[2 * g]);
+                group.start_q6_k[1][t]     = -32 * static_cast<int32_t>(block.sum16[2 * g + 1]);
+                group.start[t]             = -128 * static_cast<int32_t>(block.sum32[g]);
                 group.sum[t]               = block.sum32[g];
                 out->d[t]                  = block.d;
             }

@@ -495,17 +495,12 @@ void dot_float(const dot_args & args) {
 
 struct tile {
     const uint8_t * row[16];
-    const uint8_t * base;
-    __m512i         offset;  // of the rows, bytes from base
 
-    explicit tile(const tile_source & source) : base(source.rows) {
-        alignas(64) int32_t offsets[16];
+    explicit tile(const tile_source & source) {
         for (int r = 0; r < 16; ++r) {
             const int present = r < source.n_rows ? r : source.n_rows - 1;
-            offsets[r]        = static_cast<int32_t>(static_cast<size_t>(present) * source.row_bytes);
-            row[r]            = base + offsets[r];
+            row[r]            = source.rows + static_cast<size_t>(present) * source.row_bytes;
         }
-        offset = load512(offsets);
     }
 
     // 16 bytes at `at` of all rows: out[c] holds dword c of the 16 rows
@@ -523,85 +518,115 @@ struct tile {
         out[2]            = _mm512_unpacklo_epi64(ab1, cd1);
         out[3]            = _mm512_unpackhi_epi64(ab1, cd1);
     }
-
-    // The four bytes at `at` of all rows
-    __m512i dwords(int64_t at) const { return _mm512_i32gather_epi32(offset, base + at, 1); }
 };
+
+// 16-bit (or 8-bit) scales of all rows, collected ahead of the loop that uses them: gathers are slow on many CPUs, and a
+// load that follows 16 short stores at once would wait for them.
+template <class word>
+struct scale_words {
+    alignas(64) word at[pack_values_int8 / 32][tile_rows];
+
+    scale_words(const tile & w, int64_t first_byte, int64_t stride, int64_t n) {
+        for (int64_t i = 0; i < n; ++i) {
+            for (int r = 0; r < 16; ++r) {
+                memcpy(&at[i][r], w.row[r] + first_byte + i * stride, sizeof(word));
+            }
+        }
+    }
+};
+
+inline __m512 floats_of(const uint16_t (&halves)[tile_rows]) { return _mm512_cvtph_ps(load256(halves)); }
+
+// Packed with the cheapest offset: or-ed in while the nibble is cut out
+constexpr int q4_0_offset = 112 + 8;
+constexpr int q6_k_offset = 64 + 32;
+
+// (v & mask) | bits
+inline __m512i and_or(__m512i v, __m512i mask, __m512i bits) { return _mm512_ternarylogic_epi32(v, mask, bits, 0xea); }
 
 // The half in the low 16 bits of each dword
 inline __m512 halves_to_floats(__m512i v) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v)); }
 
 inline void store_q(packed_group * out, int c, __m512i v) { _mm512_store_si512(out->q[c], v); }
 
-// Four-bit blocks of 32; `to_byte` maps nibbles to bytes
+// Four-bit blocks of 32; to_byte maps bytes whose low four bits are the value
 template <class to_byte_fn>
 inline void pack_nibbles(const tile & w, int64_t at, packed_group * out, to_byte_fn to_byte) {
     __m512i v[4];
     w.transpose16(at, v);
     for (int c = 0; c < 4; ++c) {
-        store_q(out, c, to_byte(low_nibbles(v[c])));
-        store_q(out, 4 + c, to_byte(high_nibbles(v[c])));
+        store_q(out, c, to_byte(v[c]));
+        store_q(out, 4 + c, to_byte(_mm512_srli_epi16(v[c], 4)));
+    }
+}
+
+// All groups of a tile whose blocks are a half-precision scale and, from byte qs on, 16 bytes of nibbles
+template <class block, int qs, class to_byte_fn>
+inline void pack_half_and_nibbles(const tile_source & source, int64_t first_value, int64_t n_values, packed_group * out,
+                                  to_byte_fn to_byte) {
+    constexpr int64_t           size = sizeof(block);
+    const tile                  w(source);
+    const int64_t               first = first_value / 32 * size;
+    const scale_words<uint16_t> d(w, first, size, n_values / 32);
+    for (int64_t g = 0; g < n_values / 32; ++g) {
+        pack_nibbles(w, first + g * size + qs, out + g, to_byte);
+        _mm512_store_ps(out[g].a, floats_of(d.at[g]));
     }
 }
 
 void pack_q4_0(const tile_source & source, int64_t first_value, int64_t n_values, void * packed) {
-    const tile w(source);
-    auto *     out = static_cast<packed_group *>(packed);
-    for (int64_t g = 0; g < n_values / 32; ++g) {
-        const int64_t at = (first_value / 32 + g) * static_cast<int64_t>(sizeof(block_q4_0));
-        pack_nibbles(w, at + 2, out + g, [](__m512i v) { return _mm512_add_epi8(v, _mm512_set1_epi8(120)); });
-        _mm512_store_ps(out[g].a, halves_to_floats(w.dwords(at)));
-    }
+    const __m512i low  = _mm512_set1_epi8(15);
+    const __m512i bits = _mm512_set1_epi8(112);
+    pack_half_and_nibbles<block_q4_0, 2>(source, first_value, n_values, static_cast<packed_group *>(packed),
+                                         [low, bits](__m512i v) { return and_or(v, low, bits); });
 }
 
 void pack_q4_1(const tile_source & source, int64_t first_value, int64_t n_values, void * packed) {
-    const tile w(source);
-    auto *     out = static_cast<packed_group *>(packed);
+    constexpr int64_t size = sizeof(block_q4_1);
+    auto *            out  = static_cast<packed_group *>(packed);
+    pack_half_and_nibbles<block_q4_1, 4>(source, first_value, n_values, out, [](__m512i v) { return low_nibbles(v); });
+    const scale_words<uint16_t> m(tile(source), first_value / 32 * size + 2, size, n_values / 32);
     for (int64_t g = 0; g < n_values / 32; ++g) {
-        const int64_t at = (first_value / 32 + g) * static_cast<int64_t>(sizeof(block_q4_1));
-        pack_nibbles(w, at + 4, out + g, [](__m512i v) { return v; });
-        const __m512i dm = w.dwords(at);
-        _mm512_store_ps(out[g].a, halves_to_floats(dm));
-        _mm512_store_ps(out[g].b, halves_to_floats(_mm512_srli_epi32(dm, 16)));
+        _mm512_store_ps(out[g].b, floats_of(m.at[g]));
     }
 }
 
 void pack_iq4_nl(const tile_source & source, int64_t first_value, int64_t n_values, void * packed) {
-    const tile    w(source);
     const __m512i table = iq4_table();
-    auto *        out   = static_cast<packed_group *>(packed);
-    for (int64_t g = 0; g < n_values / 32; ++g) {
-        const int64_t at = (first_value / 32 + g) * static_cast<int64_t>(sizeof(block_iq4_nl));
-        pack_nibbles(w, at + 2, out + g, [table](__m512i v) { return _mm512_shuffle_epi8(table, v); });
-        _mm512_store_ps(out[g].a, halves_to_floats(w.dwords(at)));
-    }
+    pack_half_and_nibbles<block_iq4_nl, 2>(source, first_value, n_values, static_cast<packed_group *>(packed),
+                                           [table](__m512i v) { return _mm512_shuffle_epi8(table, low_nibbles(v)); });
 }
 
 void pack_mxfp4(const tile_source & source, int64_t first_value, int64_t n_values, void * packed) {
-    const tile    w(source);
-    const __m512i table = _mm512_add_epi8(mxfp4_table(), _mm512_set1_epi8(116));
-    auto *        out   = static_cast<packed_group *>(packed);
+    constexpr int64_t          size  = sizeof(block_mxfp4);
+    const __m512i              table = _mm512_add_epi8(mxfp4_table(), _mm512_set1_epi8(116));
+    const tile                 w(source);
+    const int64_t              first = first_value / 32 * size;
+    const scale_words<uint8_t> e(w, first, size, n_values / 32);
+    auto *                     out = static_cast<packed_group *>(packed);
     for (int64_t g = 0; g < n_values / 32; ++g) {
-        const int64_t at = (first_value / 32 + g) * static_cast<int64_t>(sizeof(block_mxfp4));
-        pack_nibbles(w, at + 1, out + g, [table](__m512i v) { return _mm512_shuffle_epi8(table, v); });
-        _mm512_store_ps(out[g].a, e8m0_half(_mm512_and_si512(w.dwords(at), _mm512_set1_epi32(255))));
+        pack_nibbles(w, first + g * size + 1, out + g,
+                     [table](__m512i v) { return _mm512_shuffle_epi8(table, low_nibbles(v)); });
+        _mm512_store_ps(out[g].a, e8m0_half(_mm512_cvtepu8_epi32(load128(e.at[g]))));
     }
 }
 
 void pack_q8_0(const tile_source & source, int64_t first_value, int64_t n_values, void * packed) {
-    const tile    w(source);
-    const __m512i flip = _mm512_set1_epi8(-128);
-    auto *        out  = static_cast<packed_group *>(packed);
+    constexpr int64_t           size = sizeof(block_q8_0);
+    const tile                  w(source);
+    const int64_t               first = first_value / 32 * size;
+    const scale_words<uint16_t> d(w, first, size, n_values / 32);
+    const __m512i               flip = _mm512_set1_epi8(-128);
+    auto *                      out  = static_cast<packed_group *>(packed);
     for (int64_t g = 0; g < n_values / 32; ++g) {
-        const int64_t at = (first_value / 32 + g) * static_cast<int64_t>(sizeof(block_q8_0));
         for (int half = 0; half < 2; ++half) {
             __m512i v[4];
-            w.transpose16(at + 2 + 16 * half, v);
+            w.transpose16(first + g * size + 2 + 16 * half, v);
             for (int c = 0; c < 4; ++c) {
                 store_q(out + g, 4 * half + c, _mm512_xor_si512(v[c], flip));
             }
         }
-        _mm512_store_ps(out[g].a, halves_to_floats(w.dwords(at)));
+        _mm512_store_ps(out[g].a, floats_of(d.at[g]));
     }
 }
 
@@ -672,15 +697,19 @@ void pack_q45_k(const tile_source & source, int64_t first_value, int64_t n_value
 }
 
 void pack_q6_k(const tile_source & source, int64_t first_value, int64_t n_values, void * packed) {
-    const tile    w(source);
-    const __m512i top  = _mm512_set1_epi8(0x30);
-    const __m512i to96 = _mm512_set1_epi8(96);
-    auto *        out  = static_cast<packed_group *>(packed);
+    constexpr int64_t           size = sizeof(block_q6_k);
+    const tile                  w(source);
+    const int64_t               first = first_value / 256 * size;
+    const scale_words<uint16_t> d_of_block(w, first + 208, size, n_values / 256);
+    const __m512i               low  = _mm512_set1_epi8(15);
+    const __m512i               top  = _mm512_set1_epi8(0x30);
+    const __m512i               bit6 = _mm512_set1_epi8(64);
+    auto *                      out  = static_cast<packed_group *>(packed);
     for (int64_t b = 0; b < n_values / 256; ++b) {
-        const int64_t at = (first_value / 256 + b) * static_cast<int64_t>(sizeof(block_q6_k));
+        const int64_t at = first + b * size;
+        const __m512  d  = floats_of(d_of_block.at[b]);
         __m512i       scales[4];
         w.transpose16(at + 192, scales);
-        const __m512 d = halves_to_floats(_mm512_srli_epi32(w.dwords(at + 206), 16));
         for (int half = 0; half < 2; ++half, out += 4) {
             for (int g = 0; g < 4; ++g) {
                 const int s = 8 * half + 2 * g;
@@ -695,15 +724,11 @@ void pack_q6_k(const tile_source & source, int64_t first_value, int64_t n_values
                 w.transpose16(at + 64 * half + 32 + 16 * part, l1);
                 w.transpose16(at + 128 + 32 * half + 16 * part, h);
                 for (int c = 0; c < 4; ++c) {
-                    const int     k  = 4 * part + c;
-                    const __m512i h0 = _mm512_and_si512(_mm512_slli_epi16(h[c], 4), top);
-                    const __m512i h1 = _mm512_and_si512(_mm512_slli_epi16(h[c], 2), top);
-                    const __m512i h2 = _mm512_and_si512(h[c], top);
-                    const __m512i h3 = _mm512_and_si512(_mm512_srli_epi16(h[c], 2), top);
-                    store_q(out, k, _mm512_add_epi8(_mm512_or_si512(low_nibbles(l0[c]), h0), to96));
-                    store_q(out + 1, k, _mm512_add_epi8(_mm512_or_si512(low_nibbles(l1[c]), h1), to96));
-                    store_q(out + 2, k, _mm512_add_epi8(_mm512_or_si512(high_nibbles(l0[c]), h2), to96));
-                    store_q(out + 3, k, _mm512_add_epi8(_mm512_or_si512(high_nibbles(l1[c]), h3), to96));
+                    const int k = 4 * part + c;
+                    store_q(out, k, and_or(l0[c], low, and_or(_mm512_slli_epi16(h[c], 4), top, bit6)));
+                    store_q(out + 1, k, and_or(l1[c], low, and_or(_mm512_slli_epi16(h[c], 2), top, bit6)));
+                    store_q(out + 2, k, and_or(_mm512_srli_epi16(l0[c], 4), low, and_or(h[c], top, bit6)));
+                    store_q(out + 3, k, and_or(_mm512_srli_epi16(l1[c], 4), low, and_or(_mm512_srli_epi16(h[c], 2), top, bit6)));
                 }
             }
         }
@@ -715,16 +740,16 @@ void pack_iq4_xs(const tile_source & source, int64_t first_value, int64_t n_valu
     const __m512i table = iq4_table();
     auto *        out   = static_cast<packed_group *>(packed);
     for (int64_t b = 0; b < n_values / 256; ++b, out += 8) {
-        const int64_t at   = (first_value / 256 + b) * static_cast<int64_t>(sizeof(block_iq4_xs));
-        const __m512i d_h  = w.dwords(at);
-        const __m512i low  = w.dwords(at + 4);
-        const __m512  d    = halves_to_floats(d_h);
+        const int64_t at = (first_value / 256 + b) * static_cast<int64_t>(sizeof(block_iq4_xs));
+        __m512i       head[4];  // d and high scale bits, low scale bits, eight bytes of values
+        w.transpose16(at, head);
+        const __m512 d = halves_to_floats(head[0]);
         for (int g = 0; g < 8; ++g) {
-            const __m512i l4 = _mm512_and_si512(_mm512_srl_epi32(low, _mm_cvtsi32_si128(4 * g)), _mm512_set1_epi32(15));
-            const __m512i h2 = _mm512_and_si512(_mm512_srl_epi32(d_h, _mm_cvtsi32_si128(16 + 2 * g)), _mm512_set1_epi32(3));
+            const __m512i l4 = _mm512_and_si512(_mm512_srl_epi32(head[1], _mm_cvtsi32_si128(4 * g)), _mm512_set1_epi32(15));
+            const __m512i h2 = _mm512_and_si512(_mm512_srl_epi32(head[0], _mm_cvtsi32_si128(16 + 2 * g)), _mm512_set1_epi32(3));
             const __m512i s  = _mm512_sub_epi32(_mm512_or_si512(l4, _mm512_slli_epi32(h2, 4)), _mm512_set1_epi32(32));
             _mm512_store_ps(out[g].a, _mm512_mul_ps(d, _mm512_cvtepi32_ps(s)));
-            pack_nibbles(w, at + 8 + 16 * g, out + g, [table](__m512i v) { return _mm512_shuffle_epi8(table, v); });
+            pack_nibbles(w, at + 8 + 16 * g, out + g, [table](__m512i v) { return _mm512_shuffle_epi8(table, low_nibbles(v)); });
         }
     }
 }
@@ -797,10 +822,10 @@ inline void tile_products(const packed_group & w, const int8_t (&x)[8][panel_tok
 }
 
 template <int n_t>
-inline void tile_start(const int32_t * n128, __m512i * acc) {
+inline void tile_start(const int32_t * start, __m512i * acc) {
 #pragma GCC unroll 8
     for (int t = 0; t < n_t; ++t) {
-        acc[t] = n128 != nullptr ? _mm512_set1_epi32(n128[t]) : _mm512_setzero_si512();
+        acc[t] = start != nullptr ? _mm512_set1_epi32(start[t]) : _mm512_setzero_si512();
     }
 }
 
@@ -813,7 +838,9 @@ struct gemm_args {
     bool         first;
 };
 
-template <bool has_min>
+enum class kind_32 { offset_128, q4_0, mins };
+
+template <kind_32 kind>
 struct gemm_32 {
     template <int n_t>
     static void run(const gemm_args & args) {
@@ -823,7 +850,7 @@ struct gemm_32 {
         load_c<n_t>(sum, args.c, args.c_stride, args.first);
         for (int64_t g = 0; g < args.n_values / 32; ++g, ++w, ++x) {
             __m512i acc[n_t];
-            tile_start<n_t>(has_min ? nullptr : x->n128, acc);
+            tile_start<n_t>(kind == kind_32::mins ? nullptr : kind == kind_32::q4_0 ? x->start_q4_0 : x->start, acc);
             tile_products<n_t, 0, 8>(*w, x->q, acc);
             const __m512 a = _mm512_load_ps(w->a);
 #pragma GCC unroll 8
@@ -831,7 +858,7 @@ struct gemm_32 {
                 const __m512 s = _mm512_mul_ps(a, _mm512_set1_ps(x->d[t]));
                 sum[t]         = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[t]), s, sum[t]);
             }
-            if (has_min) {
+            if (kind == kind_32::mins) {
                 const __m512 b = _mm512_load_ps(w->b);
 #pragma GCC unroll 8
                 for (int t = 0; t < n_t; ++t) {
@@ -862,14 +889,14 @@ struct gemm_256 {
                 const panel_group256 & xg = x->group[g];
                 __m512i                acc[n_t];
                 if constexpr (kind == kind_256::two_scales) {
-                    tile_start<n_t>(xg.n128_half[0], acc);
+                    tile_start<n_t>(xg.start_q6_k[0], acc);
                     tile_products<n_t, 0, 4>(*w, xg.q, acc);
                     add_scaled_products<n_t>(acc, w->a, part);
-                    tile_start<n_t>(xg.n128_half[1], acc);
+                    tile_start<n_t>(xg.start_q6_k[1], acc);
                     tile_products<n_t, 4, 8>(*w, xg.q, acc);
                     add_scaled_products<n_t>(acc, w->b, part);
                 } else {
-                    tile_start<n_t>(kind == kind_256::mins ? nullptr : xg.n128, acc);
+                    tile_start<n_t>(kind == kind_256::mins ? nullptr : xg.start, acc);
                     tile_products<n_t, 0, 8>(*w, xg.q, acc);
                     add_scaled_products<n_t>(acc, w->a, part);
                     if (kind == kind_256::mins) {
@@ -1040,14 +1067,15 @@ void panel_32(const void * const * rows, int n_rows, int64_t n, void * panel) {
         for (int t = 0; t < panel_tokens; ++t) {
             if (t >= n_rows) {
                 v[t]        = _mm256_setzero_si256();
-                out->n128[t] = 0;
+                out->start[t] = out->start_q4_0[t] = 0;
                 out->d[t] = out->d_sum[t] = 0.0f;
                 continue;
             }
             const row_unit128 & unit = static_cast<const row_unit128 *>(rows[t])[g / 4];
             v[t]         = _mm256_set_m128i(load128(unit.hi + 16 * lane), load128(unit.lo + 16 * lane));
             const float sum = unit.sum[4 * lane];
-            out->n128[t] = -128 * static_cast<int32_t>(sum);
+            out->start[t]      = -128 * static_cast<int32_t>(sum);
+            out->start_q4_0[t] = -q4_0_offset * static_cast<int32_t>(sum);
             out->d[t]     = unit.d[4 * lane];
             out->d_sum[t] = unit.d[4 * lane] * sum;
         }
@@ -1067,15 +1095,15 @@ void panel_256(const void * const * rows, int n_rows, int64_t n, void * panel) {
             for (int t = 0; t < panel_tokens; ++t) {
                 if (t >= n_rows) {
                     v[t]              = _mm256_setzero_si256();
-                    group.n128_half[0][t] = group.n128_half[1][t] = group.n128[t] = 0;
+                    group.start_q6_k[0][t] = group.start_q6_k[1][t] = group.start[t] = 0;
                     group.sum[t]      = 0.0f;
                     continue;
                 }
                 const row_block256 & block = static_cast<const row_block256 *>(rows[t])[b];
                 v[t]                       = load256(block.q + 32 * g);
-                group.n128_half[0][t]      = -128 * static_cast<int32_t>(block.sum16[2 * g]);
-                group.n128_half[1][t]      = -128 * static_cast<int32_t>(block.sum16[2 * g + 1]);
-                group.n128[t]              = group.n128_half[0][t] + group.n128_half[1][t];
+                group.start_q6_k[0][t]     = -q6_k_offset * static_cast<int32_t>(block.sum16[2 * g]);
+                group.start_q6_k[1][t]     = -q6_k_offset * static_cast<int32_t>(block.sum16[2 * g + 1]);
+                group.start[t]             = -128 * static_cast<int32_t>(block.sum32[g]);
                 group.sum[t]               = block.sum32[g];
             }
             transpose_group(v, group.q);
@@ -1196,11 +1224,11 @@ constexpr type_kernels types[] = {
     {type_f32, dot_float<type_f32>, pack_float<type_f32>, gemm<gemm_float>},
     {type_f16, dot_float<type_f16>, pack_float<type_f16>, gemm<gemm_float>},
     {type_bf16, dot_float<type_bf16>, pack_float<type_bf16>, gemm<gemm_float>},
-    {type_q4_0, dot_32<unit_q4_0>, pack_q4_0, gemm<gemm_32<false>>},
-    {type_q4_1, dot_32<unit_q4_1>, pack_q4_1, gemm<gemm_32<true>>},
-    {type_q8_0, dot_32<unit_q8_0>, pack_q8_0, gemm<gemm_32<false>>},
-    {type_iq4_nl, dot_32<unit_iq4_nl>, pack_iq4_nl, gemm<gemm_32<false>>},
-    {type_mxfp4, dot_32<unit_mxfp4>, pack_mxfp4, gemm<gemm_32<false>>},
+    {type_q4_0, dot_32<unit_q4_0>, pack_q4_0, gemm<gemm_32<kind_32::q4_0>>},
+    {type_q4_1, dot_32<unit_q4_1>, pack_q4_1, gemm<gemm_32<kind_32::mins>>},
+    {type_q8_0, dot_32<unit_q8_0>, pack_q8_0, gemm<gemm_32<kind_32::offset_128>>},
+    {type_iq4_nl, dot_32<unit_iq4_nl>, pack_iq4_nl, gemm<gemm_32<kind_32::offset_128>>},
+    {type_mxfp4, dot_32<unit_mxfp4>, pack_mxfp4, gemm<gemm_32<kind_32::offset_128>>},
     {type_q4_k, dot_256<dot_q4_k>, pack_q45_k<block_q4_k, false>, gemm<gemm_256<kind_256::mins>>},
     {type_q5_k, dot_256<dot_q5_k>, pack_q45_k<block_q5_k, true>, gemm<gemm_256<kind_256::mins>>},
     {type_q6_k, dot_256<dot_q6_k>, pack_q6_k, gemm<gemm_256<kind_256::two_scales>>},
