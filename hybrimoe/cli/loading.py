@@ -57,8 +57,11 @@ def model_path(model: str | None) -> Path:
 
 def build_demo(options: DemoOptions | None = None, *, force: bool = False) -> Path:
     """The demo model's file, built with progress on stderr where it is missing."""
+    from hybrimoe.llama_log import llama_log
     from hybrimoe.models import store
 
+    # The recipe tokenises with llama.cpp, whose warnings about that are none of the user's business.
+    llama_log()
     with stages() as update:
         return store.build_demo(options, update, force=force)
 

@@ -104,7 +104,7 @@ def test_bad_stdin(spawn: Spawn, model: str) -> None:
     assert outcome.code == 2 and "line 2 of stdin" in outcome.err
 
 
-def test_bad_models(spawn: Spawn, model: str, dense_header: Path, home: Path) -> None:
+def test_bad_models(call: Spawn, model: str, dense_header: Path, home: Path) -> None:
     good = Path(model)
     truncated = home / "truncated.gguf"
     truncated.write_bytes(good.read_bytes()[: good.stat().st_size // 2])
@@ -116,12 +116,12 @@ def test_bad_models(spawn: Spawn, model: str, dense_header: Path, home: Path) ->
     empty.touch()
     part = home / "m-00002-of-00003.gguf"
     for path in (home / "absent.gguf", truncated, header_only, magic, empty, dense_header, home):
-        outcome = spawn("run", "-m", str(path), "hi")
+        outcome = call("run", "-m", str(path), "hi")
         outcome.assert_two_lines(3)
         assert path.name in outcome.err
     part.write_bytes(b"GGUF")
-    spawn("chat", str(part)).assert_two_lines(3)
-    assert "has no experts" in spawn("run", str(dense_header), "hi").err
+    call("chat", str(part)).assert_two_lines(3)
+    assert "has no experts" in call("run", str(dense_header), "hi").err
 
 
 def test_unreadable_model(spawn: Spawn, model: str, home: Path) -> None:
@@ -134,14 +134,14 @@ def test_unreadable_model(spawn: Spawn, model: str, home: Path) -> None:
     assert outcome.code in (1, 3) and outcome.err.startswith("error: ")
 
 
-def test_contexts_that_cannot_be(spawn: Spawn, model: str) -> None:
-    outcome = spawn("run", model, "hi", "-c", "100000000")
+def test_contexts_that_cannot_be(call: Spawn, model: str) -> None:
+    outcome = call("run", model, "hi", "-c", "100000000")
     outcome.assert_two_lines(2)
     assert "-c" in outcome.err.splitlines()[1]
 
 
-def test_a_prompt_longer_than_the_context(spawn: Spawn, model: str) -> None:
-    outcome = spawn("run", model, "word " * 2000, "-c", "256")
+def test_a_prompt_longer_than_the_context(call: Spawn, model: str) -> None:
+    outcome = call("run", model, "word " * 2000, "-c", "256")
     assert outcome.code == 2 and "the context holds 256" in outcome.err
 
 
