@@ -80,7 +80,7 @@ class Side:
                 stderr=self._stderr,
                 text=True,
                 # Threads that wait sleep instead of spinning: on a busy machine spinning teams slow each other down.
-                env={**os.environ, "OMP_WAIT_POLICY": "passive", "HYBRIMOE_CPU": self._cpu},
+                env={**os.environ, "OMP_WAIT_POLICY": "passive", "GGML_NO_BACKTRACE": "1", "HYBRIMOE_CPU": self._cpu},
             )
         process = self._process
         assert process.stdin is not None and process.stdout is not None
