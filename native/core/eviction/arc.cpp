@@ -51,10 +51,10 @@ public:
         move(pool_id, key, at(key).list == T2 ? B2 : B1);
         pool & p = pools_[static_cast<size_t>(pool_id)];
         while (p.count[T1] + p.count[B1] > p.n_slots && p.count[B1] > 0) {
-            forget_oldest(pool_id, B1);
+            unlink(p.oldest[B1]);
         }
         while (p.count[T1] + p.count[T2] + p.count[B1] + p.count[B2] > 2 * p.n_slots && p.count[B2] > 0) {
-            forget_oldest(pool_id, B2);
+            unlink(p.oldest[B2]);
         }
     }
 
@@ -66,43 +66,45 @@ public:
 private:
     enum list : int8_t { none, T1, T2, B1, B2, n_lists };
     struct entry {
-        int8_t  list = none;
-        int     pool = -1;
-        int64_t tick = 0;
+        int8_t list = none;
+        int    pool = -1;
+        int    older = -1, newer = -1; // neighbours in its list
     };
     struct pool {
         int    n_slots = 0;
         double target  = 0.0;
-        int    count[n_lists] = {};
+        int    count[n_lists]  = {};
+        int    oldest[n_lists] = {-1, -1, -1, -1, -1};
+        int    newest[n_lists] = {-1, -1, -1, -1, -1};
     };
 
     entry & at(int key) { return entries_[static_cast<size_t>(key)]; }
     void    clear() { entries_.assign(static_cast<size_t>(shape_.n_keys()), entry()); }
 
-    void move(int pool_id, int key, list to) {
+    void unlink(int key) {
         entry & e = at(key);
-        if (e.pool >= 0) {
-            --pools_[static_cast<size_t>(e.pool)].count[e.list];
+        if (e.pool < 0) {
+            return;
         }
-        ++pools_[static_cast<size_t>(pool_id)].count[to];
-        e = {to, pool_id, ++tick_};
+        pool & p = pools_[static_cast<size_t>(e.pool)];
+        --p.count[e.list];
+        (e.older >= 0 ? at(e.older).newer : p.oldest[e.list]) = e.newer;
+        (e.newer >= 0 ? at(e.newer).older : p.newest[e.list]) = e.older;
+        e                                                     = entry();
     }
 
-    void forget_oldest(int pool_id, list from) {
-        entry * oldest = nullptr;
-        for (entry & e : entries_) {
-            if (e.pool == pool_id && e.list == from && (!oldest || e.tick < oldest->tick)) {
-                oldest = &e;
-            }
-        }
-        --pools_[static_cast<size_t>(pool_id)].count[from];
-        *oldest = entry();
+    void move(int pool_id, int key, list to) {
+        unlink(key);
+        pool & p = pools_[static_cast<size_t>(pool_id)];
+        at(key)  = {to, pool_id, p.newest[to], -1};
+        (p.newest[to] >= 0 ? at(p.newest[to]).newer : p.oldest[to]) = key;
+        p.newest[to]                                                = key;
+        ++p.count[to];
     }
 
     model_shape        shape_;
     std::vector<entry> entries_;
     std::vector<pool>  pools_;
-    int64_t            tick_    = 0;
     bool               take_t1_ = true; // decision of the last on_miss
 };
 

@@ -1,3 +1,4 @@
+#include "../top_scores.h"
 #include "eviction_policy.h"
 
 #include <algorithm>
@@ -48,11 +49,7 @@ public:
 
 private:
     void add_top(const float * scores, double * row) {
-        for (int e = 0; e < shape_.n_expert; ++e) {
-            order_[static_cast<size_t>(e)] = e;
-        }
-        const auto larger = [scores](int a, int b) { return scores[a] != scores[b] ? scores[a] > scores[b] : a < b; };
-        std::nth_element(order_.begin(), order_.begin() + (n_kept_ - 1), order_.end(), larger);
+        top_scores(scores, shape_.n_expert, n_kept_, order_.data());
         for (int k = 0; k < n_kept_; ++k) {
             const int e = order_[static_cast<size_t>(k)];
             row[e] += alpha_ * static_cast<double>(scores[e]);

@@ -1,5 +1,7 @@
 #include "prefetcher.h"
 
+#include "../top_scores.h"
+
 #include <algorithm>
 #include <cmath>
 
@@ -70,7 +72,7 @@ private:
             total += static_cast<double>(scores[e]);
         }
         const int n_most = n_rows == 1 ? view.shape->top_k : n_expert;
-        best_experts(scores, n_expert, n_most, order);
+        top_scores(scores, n_expert, n_most, order);
         int n_items = 0;
         for (int k = 0; k < n_most; ++k) {
             const int    e    = order[k];

@@ -1,5 +1,7 @@
 #include "prefetcher.h"
 
+#include "../top_scores.h"
+
 #include <algorithm>
 
 namespace hybrimoe {
@@ -42,22 +44,6 @@ void proposal_list::sort() {
     });
 }
 
-void best_experts(const float * scores, int n_expert, int n, int * order) {
-    // Selection by insertion: n is small against n_expert, and one pass needs no second array.
-    int n_kept = 0;
-    for (int e = 0; e < n_expert; ++e) {
-        if (n_kept == n && !(scores[e] > scores[order[n - 1]])) {
-            continue;
-        }
-        int at = n_kept < n ? n_kept++ : n - 1;
-        while (at > 0 && scores[e] > scores[order[at - 1]]) {
-            order[at] = order[at - 1];
-            --at;
-        }
-        order[at] = e;
-    }
-}
-
 double saving_us(const cost_model & costs, int layer, int device) {
     return std::max(0.0, costs.t_cpu(layer, 1, false) - costs.t_gpu(layer, device, 1));
 }
@@ -86,7 +72,7 @@ void prefetcher::propose(const prefetch_view & view, proposal_list & out) const 
             continue;
         }
         const double saved = saving_us(*view.costs, layer, device);
-        best_experts(scores, n_expert, n_best, order);
+        top_scores(scores, n_expert, n_best, order);
         for (int k = 0; k < n_best; ++k) {
             const int    e     = order[k];
             const double score = static_cast<double>(scores[e]);

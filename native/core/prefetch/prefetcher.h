@@ -73,9 +73,6 @@ private:
 
 const policy_table<prefetcher> & prefetchers();
 
-// The n best experts by score (ties: lower id), best first. `order` has room for n_expert.
-void best_experts(const float * scores, int n_expert, int n, int * order);
-
 // Time that one token saves when the expert is cached.
 double saving_us(const cost_model & costs, int layer, int device);
 

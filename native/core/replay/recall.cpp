@@ -1,5 +1,7 @@
 #include "recall.h"
 
+#include "../top_scores.h"
+
 #include <algorithm>
 
 namespace hybrimoe {
@@ -53,7 +55,7 @@ status replay_recall(const replay_trace & t, prefetcher & policy, int distance, 
                 return status::fail(error_code::missing_scores,
                                     "this prefetcher has no prediction at distance %d from ids alone", distance);
             }
-            best_experts(scores.data(), s.n_expert, s.n_expert, order.data());
+            top_scores(scores.data(), s.n_expert, s.n_expert, order.data());
             n_asked += s.top_k;
             for (int k = 0; k < s.top_k; ++k) {
                 const auto rank = std::find(order.begin(), order.end(), ids_of(layer + distance)[k]) - order.begin();

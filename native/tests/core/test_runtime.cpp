@@ -1,0 +1,85 @@
+// The decode path allocates nothing after warm-up, and the same events give the same decisions.
+#include "traffic.h"
+
+#include <cstdlib>
+#include <new>
+
+namespace {
+
+long long g_n_allocations = 0;
+
+} // namespace
+
+void * operator new(std::size_t size) {
+    ++g_n_allocations;
+    if (void * p = std::malloc(size ? size : 1)) {
+        return p;
+    }
+    throw std::bad_alloc();
+}
+void operator delete(void * p) noexcept { std::free(p); }
+void operator delete(void * p, std::size_t) noexcept { std::free(p); }
+
+using namespace hybrimoe;
+using namespace traffic;
+
+namespace {
+
+cost_model machine(int n_devices) {
+    layers::costs c;
+    c.cpu_per_token = 30.0;
+    c.gpu_fixed     = 5.0;
+    c.copy          = 25.0;
+    c.gpu_step      = 2.0;
+    c.dram          = c.bytes / 15.0;
+    c.n_devices     = n_devices;
+    return layers::make_costs(c, 8);
+}
+
+uint64_t run(const options & o, int n_devices, int n_tokens, int warm_tokens, long long & n_allocations) {
+    const cost_model         costs = machine(n_devices);
+    std::unique_ptr<runtime> rt    = make_runtime(o, costs);
+    routing                  r(o);
+    double                   now_us = 0.0;
+    n_allocations                   = 0;
+    for (int token = 0; token < n_tokens; ++token) {
+        const long long before = g_n_allocations;
+        for (int layer = 0; layer < o.n_layers; ++layer) {
+            r.draw(layer);
+            deliver(*rt, now_us);
+            const decision * d = nullptr;
+            CHECK_OK(rt->on_layer(r.event(layer), now_us, d));
+            CHECK_EQ(d->plan.n_cpu + d->plan.n_gpu, o.top_k);
+            now_us += d->plan.makespan_us + 20.0;
+        }
+        CHECK_OK(rt->cache().verify());
+        if (token >= warm_tokens) {
+            n_allocations += g_n_allocations - before;
+        }
+    }
+    CHECK(rt->stats().n_hits > 0);
+    return rt->stats().decision_hash;
+}
+
+} // namespace
+
+int main() {
+    for (const char * eviction : {"lru", "lfu", "lfru", "ema", "mrs", "arc", "static", "eam"}) {
+        for (const char * prefetch : {"none", "next-layer", "impact", "fate", "path", "eam"}) {
+            for (const int n_devices : {1, 2}) {
+                options o;
+                o.eviction      = eviction;
+                o.prefetch      = prefetch;
+                long long      n_allocations = 0, ignored = 0;
+                const uint64_t hash          = run(o, n_devices, 60, 20, n_allocations);
+                CHECK_EQ(n_allocations, 0);
+                CHECK_EQ(run(o, n_devices, 60, 20, ignored), hash);
+            }
+        }
+    }
+    options a, b;
+    long long ignored = 0;
+    b.eviction        = "ema";
+    CHECK(run(a, 1, 60, 20, ignored) != run(b, 1, 60, 20, ignored));
+    return check::report("runtime");
+}
