@@ -122,6 +122,7 @@ def _examine_llama(d: Diagnosis) -> bool:
         import llama_cpp
 
         from hybrimoe.llama_log import llama_log
+        from hybrimoe.llama_seam import has_faulty_amx
         from hybrimoe.native.plugin import ggml_library
 
         llama_log()
@@ -133,6 +134,11 @@ def _examine_llama(d: Diagnosis) -> bool:
         return False
     d.versions["ggml"] = ggml.ggml_version().decode()
     d.machine["gpu_offload"] = bool(llama_cpp.llama_supports_gpu_offload())
+    if has_faulty_amx():
+        text = "llama.cpp was built with its AMX path, which crashes on some machines: dense weights are not repacked"
+        package = f"llama-cpp-python=={d.versions['llama-cpp-python']}"
+        mend = f"CFLAGS=-U__AMX_INT8__ CXXFLAGS=-U__AMX_INT8__ pip install --force-reinstall --no-cache-dir {package}"
+        d.findings.append(Finding("note", "llama.cpp", text, mend))
     _list_backends(d, ggml)
     return True
 

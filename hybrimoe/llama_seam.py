@@ -41,6 +41,14 @@ class LoadSettings:
     flash_attn: str
 
 
+def has_faulty_amx() -> bool:
+    """Whether this ggml has its AMX path, which crashes at its first tile instruction when built with some compilers.
+
+    llama.cpp issue 20824 and pull request 26954. It runs only on repacked weights, so they are left alone then.
+    """
+    return b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info()
+
+
 class Loader:
     """Completes the parameters of one `Llama.__init__`, reports its progress and lets `abort_flag` stop it.
 
@@ -107,7 +115,7 @@ class Loader:
         params.tensor_buft_overrides = ctypes.cast(self.overrides, ctypes.c_void_p)
         params.n_gpu_layers = self.settings.n_gpu_layers
         params.load_mode = LOAD_MODES[self.settings.load_mode]
-        params.use_extra_bufts = self.settings.repack
+        params.use_extra_bufts = self.settings.repack and not has_faulty_amx()
         params.progress_callback = self._c_progress
         return original(path, params)
 
