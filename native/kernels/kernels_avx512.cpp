@@ -265,37 +265,41 @@ inline __m512i shift_by_half(__m512i v, short low, short high) {
     return _mm512_srlv_epi16(v, by);
 }
 
-inline __m256 bytes_to_floats(const uint8_t * p) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p))));
-}
-
 // Scale 2c over the low half, 2c + 1 over the high half
-inline __m512 pair_of(__m256 scales, int c) {
+inline __m512 pair_of(__m512 scales, int c) {
     const __m512i index = _mm512_inserti64x4(_mm512_set1_epi32(2 * c), _mm256_set1_epi32(2 * c + 1), 1);
-    return _mm512_permutexvar_ps(index, _mm512_castps256_ps512(scales));
+    return _mm512_permutexvar_ps(index, scales);
 }
 
-// Accumulators of one token: sum over 16 lanes, offset over 8 or 16.
+// Accumulators of one token. Two sums: one would be a chain of four additions a block.
 struct sums_256 {
-    __m512 sum;
+    __m512 sum[2];
     __m512 offset;
 };
+
+// (v & mask) | bits
+inline __m512i and_or(__m512i v, __m512i mask, __m512i bits) { return _mm512_ternarylogic_epi32(v, mask, bits, 0xea); }
+
+// Eight scales, times d, and eight mins, times dmin, of a Q4_K or Q5_K block: unpack_k_scales in one register
+inline __m512 k_scales_and_mins(const uint8_t * p) {
+    const __m128i head  = load128(p);  // d and dmin, then the dwords s0, s1, s2
+    const __m128i low   = _mm_srlv_epi32(_mm_shuffle_epi32(head, _MM_SHUFFLE(3, 2, 3, 1)), _mm_setr_epi32(0, 0, 0, 4));
+    const __m128i high  = _mm_srli_epi32(_mm_shuffle_epi32(head, _MM_SHUFFLE(2, 0, 1, 0)), 2);
+    const __m128i bytes = _mm_or_si128(
+        _mm_and_si128(low, _mm_setr_epi32(0x3f3f3f3f, 0x0f0f0f0f, 0x3f3f3f3f, 0x0f0f0f0f)),
+        _mm_and_si128(high, _mm_setr_epi32(0, 0x30303030, 0, 0x30303030)));
+    const __m512 d_dmin = _mm512_castps128_ps512(_mm_cvtph_ps(head));
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)), pair_of(d_dmin, 0));
+}
 
 template <class block_q45, bool fifth_bit>
 struct block_dot_q45_k {
     static constexpr int   bytes = sizeof(block_q45);
-    static constexpr float zero  = -1.0f;  // offset is the sum of the mins, subtracted below
+    static constexpr float zero  = 1.0f;  // offset is the sum of the mins
 
     template <int n_x>
     static void add(const uint8_t * p, const row_block256 * const * x, int64_t b, sums_256 * s) {
-        uint8_t scales[8];
-        uint8_t mins[8];
-        unpack_k_scales(p + 4, scales, mins);
-        const __m256 scale8 = bytes_to_floats(scales);
-        const __m256 min8   = bytes_to_floats(mins);
-        const float  d      = _cvtsh_ss(load_u16(p));
-        const float  dmin   = _cvtsh_ss(load_u16(p + 2));
-
+        const __m512    scales = k_scales_and_mins(p);
         __m512i         q[4];
         const uint8_t * qs = p + (fifth_bit ? 48 : 16);
         for (int c = 0; c < 4; ++c) {
@@ -311,14 +315,13 @@ struct block_dot_q45_k {
         }
         for (int t = 0; t < n_x; ++t) {
             const row_block256 & xb = x[t][b];
-            const __m256 ds = _mm256_mul_ps(scale8, _mm256_set1_ps(d * xb.d));
+            const __m512 ds = _mm512_mul_ps(scales, _mm512_set1_ps(xb.d));
             for (int c = 0; c < 4; ++c) {
                 const __m512i acc = _mm512_dpbusd_epi32(_mm512_setzero_si512(), q[c], load512(xb.q + 64 * c));
-                s[t].sum          = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc), pair_of(ds, c), s[t].sum);
+                s[t].sum[c % 2]   = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc), pair_of(ds, c), s[t].sum[c % 2]);
             }
-            const __m256 dm  = _mm256_mul_ps(min8, _mm256_set1_ps(dmin * xb.d));
-            const __m256 off = _mm256_fnmadd_ps(dm, _mm256_load_ps(xb.sum32), _mm512_castps512_ps256(s[t].offset));
-            s[t].offset      = _mm512_zextps256_ps512(off);
+            // the mins meet sum32, which follows sum16
+            s[t].offset = _mm512_mask3_fmadd_ps(ds, _mm512_loadu_ps(xb.sum16 + 8), s[t].offset, 0xff00);
         }
     }
 };
@@ -343,8 +346,8 @@ struct dot_q6_k {
             const __m512i by = _mm512_inserti64x4(_mm512_set1_epi16(4), _mm256_set1_epi16(2), 1);
             const __m512i h0 = _mm512_and_si512(_mm512_sllv_epi16(qh, by), top);
             const __m512i h1 = _mm512_and_si512(shift_by_half(qh, 0, 2), top);
-            q[2 * half]      = _mm512_or_si512(low_nibbles(ql), h0);
-            q[2 * half + 1]  = _mm512_or_si512(high_nibbles(ql), h1);
+            q[2 * half]      = and_or(ql, _mm512_set1_epi8(15), h0);
+            q[2 * half + 1]  = and_or(_mm512_srli_epi16(ql, 4), _mm512_set1_epi8(15), h1);
         }
         for (int t = 0; t < n_x; ++t) {
             const row_block256 & xb = x[t][b];
@@ -354,7 +357,7 @@ struct dot_q6_k {
                 const __m512i index = _mm512_set_epi32(4 * c + 3, 4 * c + 3, 4 * c + 3, 4 * c + 3, 4 * c + 2, 4 * c + 2,
                                                        4 * c + 2, 4 * c + 2, 4 * c + 1, 4 * c + 1, 4 * c + 1, 4 * c + 1,
                                                        4 * c, 4 * c, 4 * c, 4 * c);
-                s[t].sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc), _mm512_permutexvar_ps(index, ds), s[t].sum);
+                s[t].sum[c % 2] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc), _mm512_permutexvar_ps(index, ds), s[t].sum[c % 2]);
             }
             s[t].offset = _mm512_fmadd_ps(ds, _mm512_load_ps(xb.sum16), s[t].offset);
         }
@@ -385,7 +388,8 @@ struct dot_iq4_xs {
             const __m256 ds = _mm256_mul_ps(scale8, _mm256_set1_ps(d * xb.d));
             for (int c = 0; c < 4; ++c) {
                 const __m512i acc = _mm512_dpbusd_epi32(_mm512_setzero_si512(), q[c], load512(xb.q + 64 * c));
-                s[t].sum          = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc), pair_of(ds, c), s[t].sum);
+                const __m512  sc  = pair_of(_mm512_castps256_ps512(ds), c);
+                s[t].sum[c % 2]   = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc), sc, s[t].sum[c % 2]);
             }
             const __m256 off = _mm256_fmadd_ps(ds, _mm256_load_ps(xb.sum32), _mm512_castps512_ps256(s[t].offset));
             s[t].offset      = _mm512_zextps256_ps512(off);
@@ -407,14 +411,15 @@ void dot_blocks(const dot_args & args) {
         const uint8_t * fetch = weights.ahead(p);
         sums_256        s[n_x];
         for (int t = 0; t < n_x; ++t) {
-            s[t].sum = s[t].offset = zero_f();
+            s[t].sum[0] = s[t].sum[1] = s[t].offset = zero_f();
         }
         for (int64_t b = 0; b < n_blocks; ++b, p += block::bytes, fetch += block::bytes) {
             prefetch<block::bytes>(fetch);
             block::template add<n_x>(p, x, b, s);
         }
         for (int t = 0; t < n_x; ++t) {
-            args.out[t][r] = _mm512_reduce_add_ps(_mm512_fnmadd_ps(_mm512_set1_ps(block::zero), s[t].offset, s[t].sum));
+            const __m512 sum = _mm512_add_ps(s[t].sum[0], s[t].sum[1]);
+            args.out[t][r]   = _mm512_reduce_add_ps(_mm512_fnmadd_ps(_mm512_set1_ps(block::zero), s[t].offset, sum));
         }
     }
 }
@@ -540,9 +545,6 @@ inline __m512 floats_of(const uint16_t (&halves)[tile_rows]) { return _mm512_cvt
 // Packed with the cheapest offset: or-ed in while the nibble is cut out
 constexpr int q4_0_offset = 112 + 8;
 constexpr int q6_k_offset = 64 + 32;
-
-// (v & mask) | bits
-inline __m512i and_or(__m512i v, __m512i mask, __m512i bits) { return _mm512_ternarylogic_epi32(v, mask, bits, 0xea); }
 
 // The half in the low 16 bits of each dword
 inline __m512 halves_to_floats(__m512i v) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v)); }
