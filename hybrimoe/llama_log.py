@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import ctypes
 import functools
 import os
@@ -27,7 +28,8 @@ class LlamaLog:
     def write(self, level: int, text: bytes) -> None:
         if self.verbose:
             # The file descriptor, because llama.cpp logs from its own threads at times when sys.stderr is not usable.
-            os.write(2, text)
+            with contextlib.suppress(OSError):
+                os.write(2, text)
         if level != _CONTINUE_LEVEL:
             self._level, self._line = level, ""
         self._line += text.decode("utf-8", "replace")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybrimoe.cli import slash
 from hybrimoe.cli.console import is_terminal, note, show_error
-from hybrimoe.cli.loading import flush, model_path, open_engine, sampling, split_positionals, warn_unless_verified
+from hybrimoe.cli.loading import flush, model_path, open_engine, sampling, warn_unless_verified
 from hybrimoe.cli.prompt import decode, system_prompt
 from hybrimoe.cli.report import expert_table
 from hybrimoe.cli.session import Session
@@ -24,9 +24,11 @@ _QUOTES = '"""'
 
 def chat(settings: Settings, positionals: list[str]) -> int:
     """Chats until the user leaves or stdin ends. Returns the exit code."""
-    model, prompt = split_positionals(settings, positionals)
-    if prompt is not None:
-        raise UsageError(f"'{prompt}' is no model", f'hybrimoe models list; for one answer: hybrimoe run "{prompt}"')
+    if len(positionals) > 1:
+        raise UsageError(f"unexpected argument '{positionals[1]}'", "hybrimoe chat takes one model")
+    if positionals and settings.sources["model"] == "flag":
+        raise UsageError(f"the model is given twice, by -m and by '{positionals[0]}'")
+    model = positionals[0] if positionals else settings.model
     system = system_prompt(settings)
     with open_engine(settings, model_path(model)) as engine:
         session = Session(engine, sampling(settings), settings.n_predict, system)

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from hybrimoe import __version__
 from hybrimoe.cli import app as program
 from hybrimoe.cli.flags import ALL_OPTIONS
+from hybrimoe.config import parse_size
 from hybrimoe.errors import ModelError
 
 Call = Callable[..., Any]
@@ -326,8 +327,31 @@ def test_escapes_are_llama_cpps(call: Call, loaded: dict[str, Any], text: str, e
     assert loaded["prompt"] == text
 
 
-def test_chat_takes_no_prompt(call: Call) -> None:
-    call("chat", "hello there").assert_two_lines(2)
+def test_chat_takes_one_model_and_no_prompt(call: Call) -> None:
+    call("chat", "hello there").assert_two_lines(3)
+    call("chat", "a.gguf", "hello").assert_two_lines(2)
+    call("chat", "-m", "a.gguf", "b.gguf").assert_two_lines(2)
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes"),
+    [
+        ("6GiB", 6 << 30),
+        ("512M", 512_000_000),
+        ("1.5 GB", 1_500_000_000),
+        ("10", 10),
+        ("2ki", 2048),
+        ("3 TiB", 3 << 40),
+    ],
+)
+def test_sizes(text: str, n_bytes: int) -> None:
+    assert parse_size(text) == n_bytes
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1", "1 XB", "1.2.3", "6 Gi B"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(ValueError, match="is no size"):
+        parse_size(text)
 
 
 def test_help_and_version(call: Call) -> None:
