@@ -22,7 +22,6 @@ def test_logits_equal_plain_llama_cpp(
     plain: Side,
     ours: Side,
     tiny_model: Callable[..., Path],
-    record_property: Callable[[str, object], None],
     arch: str,
     kind: str,
     expert_type: str | None,
@@ -30,7 +29,6 @@ def test_logits_equal_plain_llama_cpp(
     path = tiny_model(arch, kind, expert_type)
     got = ours.ask("logits", path, prefill=PREFILL)
     difference = compare(plain.ask("logits", path, prefill=PREFILL), got)
-    record_property("difference", str(difference))
     # The plug-in runs ggml's own kernels (HYBRIMOE_CPU=ggml): the same bits, far below the limit of 1e-5.
     assert difference.is_equal, difference
     check_dispatch(path, got)
@@ -47,3 +45,18 @@ def test_last_layer_sees_output_tokens_only(
     assert compare(plain.ask("logits", path, **options), got).is_equal
     n_tokens = [layer["n_tokens"] for layer in got.layers.values()]
     assert n_tokens == [34] * (len(n_tokens) - 1) + [2]
+
+
+@pytest.mark.parametrize("arch", ["mixtral", "qwen3moe", "gpt-oss"])
+@pytest.mark.parametrize("kind", ["F32", "Q4_0", "Q4_K", "Q8_0"])
+def test_defaults_of_both(plain: Side, ours: Side, tiny_model: Callable[..., Path], arch: str, kind: str) -> None:
+    """With llama.cpp's default, repacking, the experts' kernels differ for some types, and so do logits.
+
+    By how much is llama.cpp's matter: its own logits with and without repacking differ by NMSE 4e-5 to 2e-4 on these
+    models (AVX-512), ours from its default by as much.
+    """
+    path = tiny_model(arch, kind)
+    got = ours.ask("logits", path, prefill=[1, 33], repack=True)
+    difference = compare(plain.ask("logits", path, prefill=[1, 33], repack=True), got)
+    assert difference.nmse <= (0 if kind == "F32" else 2e-3), difference
+    check_dispatch(path, got)
