@@ -128,14 +128,15 @@ class Engine(llama_cpp.Llama):  # type: ignore[misc]
         self._stack = contextlib.ExitStack()
         self.options = options or EngineOptions()
         self.info: GgufModel = inspect(path).require_moe()
+        log = llama_log()
         self.plugin: Plugin | None = load_plugin() if self.options.plugin else None
         self.plugin_instance = 0
         self.verification: Verification | None = None
+        self.n_evaluated = 0
         self.abort_flag = AbortFlag()
         self._sampling: Sampling | None = None
         self._prompt_tail: list[int] = []
         n_ctx = _context_size(self.info, self.options)
-        log = llama_log()
         log.clear()
         rules = self.options.placement.rules(buffer_types(), self.plugin.buffer_type if self.plugin else None)
         loader = Loader(
@@ -282,16 +283,13 @@ class Engine(llama_cpp.Llama):  # type: ignore[misc]
         return sampler
 
     def after_answer(self) -> None:
-        """Called when an answer ends, however it ends."""
+        """Called when an answer that has begun ends, however it ends."""
         if self.plugin is not None and self.verification is None:
             self.verify()
 
-    def n_reusable(self, prompt: Sequence[int]) -> int:
-        """How many of the prompt's first tokens the KV cache still holds."""
-        n = min(self.n_tokens, len(prompt))
-        different = np.flatnonzero(self.input_ids[:n] != np.asarray(prompt[:n], dtype=np.intc))
-        same = int(different[0]) if len(different) else n
-        return min(same, len(prompt) - 1)
+    def eval(self, tokens: Sequence[int]) -> None:
+        super().eval(tokens)
+        self.n_evaluated += len(tokens)
 
     def is_end(self, token: int) -> bool:
         return bool(llama_cpp.llama_vocab_is_eog(self._model.vocab, token))

@@ -126,7 +126,7 @@ class Answer:
         else:
             limit_reason = "context"
         start = first = time.perf_counter()
-        n_cached = engine.n_reusable(self.prompt)
+        n_before, n_prompt = engine.n_evaluated, 0
         try:
             if limit == 0:
                 self.finish_reason = limit_reason
@@ -134,11 +134,10 @@ class Answer:
             for token in engine.tokens(self.prompt, self.sampling):
                 now = time.perf_counter()
                 if not self.tokens:
-                    first = now
+                    first, n_prompt = now, engine.n_evaluated - n_before
                 self.tokens.append(token)
-                self.timings = Timings(
-                    len(self.prompt) - n_cached, n_cached, len(self.tokens), first - start, now - first
-                )
+                n_cached = len(self.prompt) - n_prompt
+                self.timings = Timings(n_prompt, n_cached, len(self.tokens), first - start, now - first)
                 if engine.is_end(token):
                     self.finish_reason = "stop"
                     return
@@ -149,4 +148,6 @@ class Answer:
                     self.finish_reason = limit_reason
                     return
         finally:
-            engine.after_answer()
+            # A first step that was interrupted has not reached every layer.
+            if self.tokens:
+                engine.after_answer()

@@ -61,7 +61,7 @@ def _stream(answer: Answer, quiet: bool) -> int:
                     flush(piece)
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
-    if not quiet and not answer.text.endswith("\n"):
+    if not quiet and answer.text and not answer.text.endswith("\n"):
         flush("\n")
     if answer.finish_reason == "context":
         note(f"note: the answer was cut: the context of {answer.engine.n_ctx()} tokens is full")

@@ -153,8 +153,19 @@ def test_a_repeated_prompt_is_not_computed_again(open_engine: Any) -> None:
     second = engine.answer(prompt, GREEDY, 8)
     "".join(second)
     assert second.tokens == first.tokens
-    assert first.timings.n_cached == 0
-    assert second.timings.n_cached == len(prompt) - 1 and second.timings.n_prompt == 1
+    assert (first.timings.n_cached, first.timings.n_prompt) == (0, len(prompt))
+    assert (second.timings.n_cached, second.timings.n_prompt) == (len(prompt) - 1, 1)
+
+
+def test_a_model_with_recurrent_layers_computes_its_prompt_again(open_engine: Any) -> None:
+    """Its state cannot be cut back to a common prefix; the timings must say so, and the text must not change."""
+    engine = open_engine("nemotron-h")
+    prompt = engine.text_prompt("one two three four five")
+    answers = [engine.answer(prompt, GREEDY, 8) for _ in range(2)]
+    for answer in answers:
+        "".join(answer)
+    assert answers[0].tokens == answers[1].tokens
+    assert answers[1].timings.n_prompt == len(prompt)
 
 
 def test_seeds_repeat_and_differ(open_engine: Any) -> None:
@@ -200,6 +211,16 @@ def test_an_aborted_step_leaves_the_engine_usable(open_engine: Any) -> None:
     again = engine.answer(prompt, GREEDY, 6)
     "".join(again)
     assert again.tokens == expected.tokens
+
+
+def test_an_interrupted_first_step_proves_nothing(open_engine: Any) -> None:
+    engine = open_engine(warmup=False)
+    engine.abort_flag.set()
+    with pytest.raises(KeyboardInterrupt):
+        "".join(engine.answer(engine.text_prompt("hello"), GREEDY, 2))
+    assert engine.verification is None
+    "".join(engine.answer(engine.text_prompt("hello"), GREEDY, 2))
+    assert engine.verification.ok
 
 
 def test_an_answer_can_be_left_early(open_engine: Any) -> None:
