@@ -6,7 +6,9 @@ namespace hybrimoe {
 
 namespace {
 
-bool is_cost(double us) { return std::isfinite(us) && us >= 0.0; }
+bool is_cost(double us) {
+    return std::isfinite(us) && us >= 0.0;
+}
 
 status bad_cost(const char * what, double value) {
     return status::fail(error_code::invalid_argument, "%s = %g must be finite and at least 0", what, value);

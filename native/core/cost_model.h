@@ -22,23 +22,25 @@ public:
     // of the last segment does.
     static status piecewise(const double * n_tokens, const double * us, int n_points, cost_curve & out);
 
-    bool   known() const { return n_points_ > 0 || fixed_us_ == fixed_us_; }
-    double at(double n_tokens) const { return n_points_ == 0 ? fixed_us_ + per_token_us_ * n_tokens : interpolate(n_tokens); }
+    bool known() const { return n_points_ > 0 || fixed_us_ == fixed_us_; }
+    double at(double n_tokens) const {
+        return n_points_ == 0 ? fixed_us_ + per_token_us_ * n_tokens : interpolate(n_tokens);
+    }
 
 private:
     double interpolate(double n_tokens) const;
 
     double fixed_us_     = unknown_cost;
     double per_token_us_ = unknown_cost;
-    int    n_points_     = 0;
+    int n_points_        = 0;
     double x_[max_points];
     double y_[max_points];
 };
 
 struct layer_class {
-    double     bytes = unknown_cost; // of one expert, all its matrices
+    double bytes = unknown_cost; // of one expert, all its matrices
     cost_curve cpu;
-    double     cpu_first_us = unknown_cost; // extra of a layer's first CPU expert (HybriMoE sec. III)
+    double cpu_first_us = unknown_cost; // extra of a layer's first CPU expert (HybriMoE sec. III)
     cost_curve gpu[max_devices];
 };
 
@@ -86,13 +88,13 @@ private:
     status check_class(int cls) const;
     status check_device(int device) const;
 
-    int                      n_devices_ = 0;
-    std::vector<int>         class_of_layer_;
+    int n_devices_ = 0;
+    std::vector<int> class_of_layer_;
     std::vector<layer_class> classes_;
-    link_costs               links_[max_devices];
-    double                   cpu_step_us_ = unknown_cost;
-    double                   gpu_step_us_[max_devices];
-    double                   dram_bytes_per_us_ = unknown_cost;
+    link_costs links_[max_devices];
+    double cpu_step_us_ = unknown_cost;
+    double gpu_step_us_[max_devices];
+    double dram_bytes_per_us_ = unknown_cost;
 };
 
 } // namespace hybrimoe

@@ -54,8 +54,8 @@ void eam_library::observe(const router_step & step) {
     }
     last_layer_ = step.layer;
     for (int i = 0; i < step.n_experts; ++i) {
-        const auto  key = static_cast<size_t>(shape_.key(step.layer, step.experts[i]));
-        const auto  n   = static_cast<float>(step.n_tokens[i]);
+        const auto key  = static_cast<size_t>(shape_.key(step.layer, step.experts[i]));
+        const auto n    = static_cast<float>(step.n_tokens[i]);
         const float old = current_.uses[key];
         current_.uses[key] += n;
         current_.row_sum[static_cast<size_t>(step.layer)] += n;
@@ -86,8 +86,8 @@ void eam_library::find_nearest() {
 
 double eam_library::predicted(int key) const {
     const auto layer = static_cast<size_t>(shape_.layer_of(key));
-    double     uses  = 0.0;
-    double     total = 0.0;
+    double uses      = 0.0;
+    double total     = 0.0;
     for (const size_t i : nearest_) {
         uses += static_cast<double>(past_[i].uses[static_cast<size_t>(key)]);
         total += static_cast<double>(past_[i].row_sum[layer]);

@@ -26,20 +26,20 @@ private:
     struct matrix {
         std::vector<float> uses;
         std::vector<float> row_sum; // per layer
-        double             norm2 = 0.0;
-        double             dot   = 0.0; // with the current request
+        double norm2 = 0.0;
+        double dot   = 0.0; // with the current request
     };
 
     void clear_current();
     void find_nearest();
 
-    model_shape         shape_;
-    size_t              capacity_;
-    size_t              n_nearest_;
-    matrix              current_;
+    model_shape shape_;
+    size_t capacity_;
+    size_t n_nearest_;
+    matrix current_;
     std::vector<matrix> past_;
     std::vector<size_t> nearest_;
-    int                 last_layer_ = -1;
+    int last_layer_ = -1;
 };
 
 } // namespace hybrimoe

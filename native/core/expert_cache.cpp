@@ -50,8 +50,8 @@ status expert_cache::create(const cache_config & config, std::unique_ptr<evictio
         for (int layer = 0; layer < s.n_layers; ++layer) {
             const auto entry = static_cast<size_t>(d * s.n_layers + layer);
             const auto n     = static_cast<size_t>(config.n_slots[entry]);
-            const int  cls   = config.class_of_layer.empty() ? 0 : config.class_of_layer[static_cast<size_t>(layer)];
-            int &      shared = pool_of_class[static_cast<size_t>(cls)];
+            const int cls    = config.class_of_layer.empty() ? 0 : config.class_of_layer[static_cast<size_t>(layer)];
+            int & shared     = pool_of_class[static_cast<size_t>(cls)];
             if (config.pooled && shared >= 0) {
                 pool & p = cache.pools_[static_cast<size_t>(shared)];
                 p.slots.resize(p.slots.size() + n);
@@ -125,11 +125,11 @@ status expert_cache::begin_step(const router_step & step) {
     stats_.n_queries += step.n_experts;
     policy_->on_step(step);
     for (int i = 0; i < step.n_experts; ++i) {
-        const int    key = shape_.key(step.layer, step.experts[i]);
-        const auto   k   = static_cast<size_t>(key);
-        const where & w  = where_[k];
-        last_use_[k]     = ++tick_;
-        used_in_[k]      = id;
+        const int key   = shape_.key(step.layer, step.experts[i]);
+        const auto k    = static_cast<size_t>(key);
+        const where & w = where_[k];
+        last_use_[k]    = ++tick_;
+        used_in_[k]     = id;
         if (w.pool < 0) {
             ++stats_.n_misses;
             continue;
@@ -164,8 +164,8 @@ int expert_cache::find_victim(const pool & p) const {
     if (!policy_->may_evict()) {
         return -1;
     }
-    int    best       = -1;
-    bool   best_dud   = false;
+    int best          = -1;
+    bool best_dud     = false;
     double best_value = 0.0;
     for (size_t i = 0; i < p.slots.size(); ++i) {
         const slot & s = p.slots[i];
@@ -211,7 +211,7 @@ void expert_cache::vacate(int pool_id, int slot_index, load_result * out) {
     ++stats_.n_evictions;
     policy_->on_evict(pool_id, s.key);
     where_[static_cast<size_t>(s.key)] = {};
-    s                                     = slot();
+    s                                  = slot();
     --p.n_used;
 }
 
@@ -220,16 +220,16 @@ status expert_cache::begin_load(int layer, int expert, int device, bool speculat
     if (device < 0 || device >= n_devices_) {
         return status::fail(error_code::invalid_argument, "device %d is outside 0..%d", device, n_devices_ - 1);
     }
-    const int  key = shape_.key(layer, expert);
-    const auto k   = static_cast<size_t>(key);
+    const int key = shape_.key(layer, expert);
+    const auto k  = static_cast<size_t>(key);
     if (where_[k].pool >= 0) {
         return status::fail(error_code::out_of_order, "expert %d of layer %d is already resident or loading", expert,
                             layer);
     }
     const int pool_id = pool_of(layer, device);
-    pool &    p       = pools_[static_cast<size_t>(pool_id)];
+    pool & p          = pools_[static_cast<size_t>(pool_id)];
     out               = load_result();
-    int        index  = -1;
+    int index         = -1;
     const bool full   = static_cast<size_t>(p.n_used) == p.slots.size();
     if (!full || n_available(layer, device, 1) > 0) {
         policy_->on_miss(pool_id, key);
@@ -299,7 +299,7 @@ status expert_cache::fail_load(int layer, int expert) {
 status expert_cache::pin(int layer, int expert) {
     HYBRIMOE_TRY(check_expert(layer, expert));
     const where & w = where_[static_cast<size_t>(shape_.key(layer, expert))];
-    slot *        s = w.pool < 0 ? nullptr : &pools_[static_cast<size_t>(w.pool)].slots[static_cast<size_t>(w.slot)];
+    slot * s        = w.pool < 0 ? nullptr : &pools_[static_cast<size_t>(w.pool)].slots[static_cast<size_t>(w.slot)];
     if (!s || s->state != slot_state::resident) {
         return status::fail(error_code::out_of_order, "pin: expert %d of layer %d is not resident and unpinned", expert,
                             layer);
@@ -311,7 +311,7 @@ status expert_cache::pin(int layer, int expert) {
 status expert_cache::unpin(int layer, int expert) {
     HYBRIMOE_TRY(check_expert(layer, expert));
     const where & w = where_[static_cast<size_t>(shape_.key(layer, expert))];
-    slot *        s = w.pool < 0 ? nullptr : &pools_[static_cast<size_t>(w.pool)].slots[static_cast<size_t>(w.slot)];
+    slot * s        = w.pool < 0 ? nullptr : &pools_[static_cast<size_t>(w.pool)].slots[static_cast<size_t>(w.slot)];
     if (!s || s->state != slot_state::pinned) {
         return status::fail(error_code::out_of_order, "unpin: expert %d of layer %d is not pinned", expert, layer);
     }
@@ -325,7 +325,7 @@ void expert_cache::shield(int layer, int expert) {
 
 int expert_cache::n_available(int layer, int device, int n_wanted) const {
     const pool & p = pools_[static_cast<size_t>(pool_of(layer, device))];
-    int          n = static_cast<int>(p.slots.size()) - p.n_used;
+    int n          = static_cast<int>(p.slots.size()) - p.n_used;
     if (!policy_->may_evict()) {
         return std::min(n, n_wanted);
     }
@@ -341,7 +341,7 @@ int expert_cache::n_slots(int layer, int device) const {
 
 int expert_cache::next_victim(int layer, int device) const {
     const pool & p = pools_[static_cast<size_t>(pool_of(layer, device))];
-    const int    i = find_victim(p);
+    const int i    = find_victim(p);
     return i < 0 ? -1 : p.slots[static_cast<size_t>(i)].key;
 }
 
@@ -351,7 +351,7 @@ status expert_cache::resize(int layer, int device, int n_slots, std::vector<slot
         return status::fail(error_code::invalid_argument, "device %d is outside 0..%d", device, n_devices_ - 1);
     }
     const int pool_id = pool_of(layer, device);
-    pool &    p       = pools_[static_cast<size_t>(pool_id)];
+    pool & p          = pools_[static_cast<size_t>(pool_id)];
     const int n_max   = p.n_layers_served * shape_.n_expert;
     if (n_slots < 0 || n_slots > n_max) {
         return status::fail(error_code::invalid_argument, "%d slots is outside 0..%d (experts of the pool)", n_slots,
@@ -361,7 +361,8 @@ status expert_cache::resize(int layer, int device, int n_slots, std::vector<slot
     for (size_t i = 0; i < p.slots.size(); ++i) {
         const slot & s = p.slots[i];
         n_kept += s.state != slot_state::absent && !may_go(s);
-        if (static_cast<int>(i) >= n_slots && (s.state == slot_state::loading ||
+        if (static_cast<int>(i) >= n_slots &&
+            (s.state == slot_state::loading ||
              (s.key >= 0 && used_in_[static_cast<size_t>(s.key)] >= protected_from_))) {
             return status::fail(error_code::no_slot, "slot %zu is in use: shrinking to %d slots must wait", i, n_slots);
         }
@@ -386,9 +387,9 @@ status expert_cache::resize(int layer, int device, int n_slots, std::vector<slot
         while (p.slots[static_cast<size_t>(to)].state != slot_state::absent) {
             ++to;
         }
-        p.slots[static_cast<size_t>(to)] = p.slots[from];
-        p.slots[from]                       = slot();
-        const int key                       = p.slots[static_cast<size_t>(to)].key;
+        p.slots[static_cast<size_t>(to)]      = p.slots[from];
+        p.slots[from]                         = slot();
+        const int key                         = p.slots[static_cast<size_t>(to)].key;
         where_[static_cast<size_t>(key)].slot = to;
         moves.push_back({key, static_cast<int>(from), to});
     }
@@ -400,12 +401,13 @@ status expert_cache::resize(int layer, int device, int n_slots, std::vector<slot
 status expert_cache::verify() const {
     int n_placed = 0;
     for (size_t i = 0; i < pools_.size(); ++i) {
-        const pool & p      = pools_[i];
-        int          n_used = 0;
+        const pool & p = pools_[i];
+        int n_used     = 0;
         for (size_t k = 0; k < p.slots.size(); ++k) {
             const slot & s = p.slots[k];
             if ((s.key >= 0) != (s.state != slot_state::absent)) {
-                return status::fail(error_code::internal, "pool %zu slot %zu: key %d does not match its state", i, k, s.key);
+                return status::fail(error_code::internal, "pool %zu slot %zu: key %d does not match its state", i, k,
+                                    s.key);
             }
             if (s.key < 0) {
                 continue;

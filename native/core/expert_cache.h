@@ -19,30 +19,30 @@ namespace hybrimoe {
 enum class slot_state : uint8_t { absent, loading, resident, pinned };
 
 struct residency {
-    slot_state state  = slot_state::absent;
-    int        device = cpu_device;
-    int        slot   = -1; // index in its pool
-    bool       speculative = false; // prefetched, and no step has used it yet
+    slot_state state = slot_state::absent;
+    int device       = cpu_device;
+    int slot         = -1;    // index in its pool
+    bool speculative = false; // prefetched, and no step has used it yet
 };
 
 struct cache_config {
-    model_shape      shape;
-    int              n_devices = 0;
-    bool             pooled    = false;
+    model_shape shape;
+    int n_devices = 0;
+    bool pooled   = false;
     std::vector<int> n_slots;        // [n_devices, n_layers]; pooled: a pool gets the sum over its layers
     std::vector<int> class_of_layer; // empty: all layers are of one class
 };
 
 struct cache_stats {
     int64_t n_queries = 0, n_hits = 0, n_misses = 0;
-    int64_t n_late    = 0; // misses whose copy was under way
+    int64_t n_late  = 0; // misses whose copy was under way
     int64_t n_loads = 0, n_failed_loads = 0, n_evictions = 0, n_refused = 0;
     int64_t n_prefetched = 0, n_prefetch_used = 0, n_prefetch_wasted = 0; // wasted: evicted before any use
 };
 
 struct load_result {
-    int slot         = -1;
-    int evicted_key  = -1;
+    int slot            = -1;
+    int evicted_key     = -1;
     bool evicted_unused = false; // a prefetched expert that nobody used
 };
 
@@ -55,9 +55,9 @@ public:
     static status create(const cache_config & config, std::unique_ptr<eviction_policy> policy, expert_cache & out);
 
     const model_shape & shape() const { return shape_; }
-    int                 n_devices() const { return n_devices_; }
+    int n_devices() const { return n_devices_; }
     const cache_stats & stats() const { return stats_; }
-    eviction_policy &   policy() { return *policy_; }
+    eviction_policy & policy() { return *policy_; }
 
     residency lookup(int layer, int expert) const {
         const where & w = where_[static_cast<size_t>(shape_.key(layer, expert))];
@@ -73,12 +73,13 @@ public:
     void reset(bool preload);
     void begin_prompt() { policy_->on_prompt(); }
 
-    // A step of one layer: looks up all of its experts, then touches them in the order listed and tells the policy. They
-    // are protected until end_step. Fails, changing nothing, if the policy lacks what it needs.
+    // A step of one layer: looks up all of its experts, then touches them in the order listed and tells the policy.
+    // They are protected until end_step. Fails, changing nothing, if the policy lacks what it needs.
     status begin_step(const router_step & step);
-    void   end_step() { protected_from_ = step_id_ + 1; }
+    void end_step() { protected_from_ = step_id_ + 1; }
 
-    // Two-phase load. begin finds a free slot or evicts one victim, atomically: it fails without having changed anything.
+    // Two-phase load. begin finds a free slot or evicts one victim, atomically: it fails without having changed
+    // anything.
     status begin_load(int layer, int expert, int device, bool speculative, load_result & out);
     status complete_load(int layer, int expert);
     status fail_load(int layer, int expert);
@@ -106,39 +107,39 @@ private:
         int32_t slot = -1;
     };
     struct slot {
-        int32_t    key         = -1;
-        slot_state state       = slot_state::absent;
-        bool       speculative = false; // prefetched and not used yet
-        int64_t    loaded_step = 0;     // steps of its layer when the load began
+        int32_t key         = -1;
+        slot_state state    = slot_state::absent;
+        bool speculative    = false; // prefetched and not used yet
+        int64_t loaded_step = 0;     // steps of its layer when the load began
     };
     struct pool {
-        int               device = 0;
-        int               n_layers_served = 1;
-        int               n_used = 0;
+        int device          = 0;
+        int n_layers_served = 1;
+        int n_used          = 0;
         std::vector<slot> slots;
     };
 
-    int    pool_of(int layer, int device) const { return pool_of_[static_cast<size_t>(device * shape_.n_layers + layer)]; }
-    bool   may_go(const slot & s) const;
-    int    find_victim(const pool & p) const;
-    void   vacate(int pool_id, int slot_index, load_result * out);
+    int pool_of(int layer, int device) const { return pool_of_[static_cast<size_t>(device * shape_.n_layers + layer)]; }
+    bool may_go(const slot & s) const;
+    int find_victim(const pool & p) const;
+    void vacate(int pool_id, int slot_index, load_result * out);
     status find_loading(int layer, int expert, const char * what, slot *& out);
     status check_expert(int layer, int expert) const;
 
-    model_shape                      shape_;
-    int                              n_devices_ = 0;
+    model_shape shape_;
+    int n_devices_ = 0;
     std::unique_ptr<eviction_policy> policy_;
-    std::vector<pool>                pools_;
-    std::vector<int>                 pool_of_;    // [n_devices, n_layers]
-    std::vector<where>               where_;      // per key
-    std::vector<int64_t>             last_use_;   // per key, in ticks
-    std::vector<int64_t>             used_in_;    // per key, id of the last step that used it
-    std::vector<int64_t>             shield_;     // per key: kept while its layer's step count is below this
-    std::vector<int64_t>             n_steps_;    // per layer
-    int64_t                          tick_ = 0;
-    int64_t                          step_id_ = 0;
-    int64_t                          protected_from_ = 1;
-    cache_stats                      stats_;
+    std::vector<pool> pools_;
+    std::vector<int> pool_of_;      // [n_devices, n_layers]
+    std::vector<where> where_;      // per key
+    std::vector<int64_t> last_use_; // per key, in ticks
+    std::vector<int64_t> used_in_;  // per key, id of the last step that used it
+    std::vector<int64_t> shield_;   // per key: kept while its layer's step count is below this
+    std::vector<int64_t> n_steps_;  // per layer
+    int64_t tick_           = 0;
+    int64_t step_id_        = 0;
+    int64_t protected_from_ = 1;
+    cache_stats stats_;
 };
 
 } // namespace hybrimoe

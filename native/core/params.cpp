@@ -14,7 +14,7 @@ status param_values::resolve(const char * policy, const param_info * infos, int 
     }
     for (int g = 0; g < n_given; ++g) {
         const char * name = given[g].name ? given[g].name : "";
-        int          i    = 0;
+        int i             = 0;
         while (i < n_infos && std::strcmp(infos[i].name, name) != 0) {
             ++i;
         }
@@ -26,8 +26,8 @@ status param_values::resolve(const char * policy, const param_info * infos, int 
             return status::fail(error_code::unknown_name, "policy '%s' has no parameter '%s'; known: %s", policy, name,
                                 known.empty() ? "none" : known.c_str());
         }
-        const param_info & info  = infos[i];
-        const double       value = given[g].value;
+        const param_info & info = infos[i];
+        const double value      = given[g].value;
         // Written so that NaN fails too.
         if (!(value >= info.min_value && value <= info.max_value)) {
             return status::fail(error_code::invalid_argument, "%s: %s = %g is outside %g..%g", policy, name, value,

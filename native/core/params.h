@@ -9,16 +9,16 @@ namespace hybrimoe {
 
 struct param_info {
     const char * name;
-    double       default_value;
-    double       min_value;
-    double       max_value;
-    bool         integer;
+    double default_value;
+    double min_value;
+    double max_value;
+    bool integer;
     const char * doc;
 };
 
 struct named_value {
     const char * name;
-    double       value;
+    double value;
 };
 
 // Values of all parameters of one policy: defaults, overridden by what the caller named.
@@ -28,7 +28,7 @@ public:
                           int n_given, param_values & out);
 
     double get(const char * name) const; // a name the policy itself declared
-    int    get_int(const char * name) const { return static_cast<int>(get(name)); }
+    int get_int(const char * name) const { return static_cast<int>(get(name)); }
 
 private:
     std::vector<named_value> values_;

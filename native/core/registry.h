@@ -17,19 +17,19 @@ struct policy_traits {
 };
 
 template <class policy> struct policy_entry {
-    const char *       name;
-    const char *       doc;    // one sentence
-    const char *       source; // paper section or repository, or "" for the plain textbook policy
-    policy_traits      traits;
+    const char * name;
+    const char * doc;    // one sentence
+    const char * source; // paper section or repository, or "" for the plain textbook policy
+    policy_traits traits;
     const param_info * params;
-    int                n_params;
+    int n_params;
     std::unique_ptr<policy> (*make)(const model_shape &, const param_values &);
 };
 
 template <class policy> struct policy_table {
-    const char *                         kind; // for messages: "eviction policy"
+    const char * kind; // for messages: "eviction policy"
     const policy_entry<policy> * const * entries;
-    int                                  n_entries;
+    int n_entries;
 };
 
 template <class policy>

@@ -17,8 +17,7 @@ status runtime::create(runtime_config config, std::unique_ptr<runtime> & out) {
     if (!config.eviction || !config.admission || !config.schedule || !config.prefetch) {
         return status::fail(error_code::invalid_argument, "a runtime needs all four policies");
     }
-    if (config.costs.n_layers() != config.cache.shape.n_layers ||
-        config.costs.n_devices() != config.cache.n_devices) {
+    if (config.costs.n_layers() != config.cache.shape.n_layers || config.costs.n_devices() != config.cache.n_devices) {
         return status::fail(error_code::invalid_argument,
                             "the cost model has %d layers and %d devices, the cache %d and %d", config.costs.n_layers(),
                             config.costs.n_devices(), config.cache.shape.n_layers, config.cache.n_devices);
@@ -78,8 +77,9 @@ void runtime::reseed_horizon() {
 status runtime::set_costs(const cost_model & costs) {
     HYBRIMOE_TRY(costs.check());
     if (costs.n_layers() != costs_.n_layers() || costs.n_devices() != costs_.n_devices()) {
-        return status::fail(error_code::invalid_argument, "the new cost model has %d layers and %d devices, not %d and %d",
-                            costs.n_layers(), costs.n_devices(), costs_.n_layers(), costs_.n_devices());
+        return status::fail(error_code::invalid_argument,
+                            "the new cost model has %d layers and %d devices, not %d and %d", costs.n_layers(),
+                            costs.n_devices(), costs_.n_layers(), costs_.n_devices());
     }
     costs_ = costs;
     if (prefetch_->adaptive()) {
@@ -154,7 +154,7 @@ void runtime::describe_items(const layer_event & e, double now_us) {
     decision_.items.clear();
     for (size_t i = 0; i < active_.size(); ++i) {
         const residency at = cache_.lookup(e.layer, active_[i]);
-        work_item       w;
+        work_item w;
         w.expert   = active_[i];
         w.n_tokens = loads_[i];
         w.device   = at.device;
@@ -163,7 +163,7 @@ void runtime::describe_items(const layer_event & e, double now_us) {
             const auto t = std::find_if(in_flight_.begin(), in_flight_.end(), [&](const transfer & f) {
                 return f.layer == e.layer && f.expert == w.expert && f.slot >= 0;
             });
-            w.ready_us = t == in_flight_.end() ? 0.0 : std::max(0.0, t->end_us - now_us);
+            w.ready_us   = t == in_flight_.end() ? 0.0 : std::max(0.0, t->end_us - now_us);
         }
         decision_.items.push_back(w);
     }
@@ -183,7 +183,8 @@ void runtime::note_outcomes(const layer_event & e) {
             if (at.speculative) {
                 stats_.prefetch_useful_bytes += bytes;
                 used_bytes_ += bytes;
-                const double saved = costs_.t_cpu(e.layer, w.n_tokens, false) - costs_.t_gpu(e.layer, w.device, w.n_tokens);
+                const double saved =
+                    costs_.t_cpu(e.layer, w.n_tokens, false) - costs_.t_gpu(e.layer, w.device, w.n_tokens);
                 pay_back_.on_used(std::max(0.0, saved));
             }
         } else {
@@ -223,14 +224,14 @@ status runtime::on_layer(const layer_event & e, double now_us, const decision *&
     for (size_t i = 0; i < decision_.items.size(); ++i) {
         work_item & w = decision_.items[i];
         w.may_copy    = w.device != cpu_device || e.scratch ||
-                     (limits_.admission && admission_->wants(shape_.key(e.layer, w.expert)));
+                        (limits_.admission && admission_->wants(shape_.key(e.layer, w.expert)));
     }
     for (int d = 0; d < costs_.n_devices(); ++d) {
         problem.gpu_ready_us[d]  = e.gpu_ready_us[d];
         problem.link_ready_us[d] = std::max(0.0, link_free_us_[d] - now_us);
         problem.max_copies[d]    = !limits_.demand_copies ? 0
-                                   : e.scratch           ? decision_.n_misses
-                                                         : cache_.n_available(e.layer, d, decision_.n_misses);
+                                   : e.scratch            ? decision_.n_misses
+                                                          : cache_.n_available(e.layer, d, decision_.n_misses);
     }
     problem.items   = decision_.items.data();
     problem.n_items = static_cast<int>(decision_.items.size());
@@ -265,8 +266,8 @@ status runtime::on_layer(const layer_event & e, double now_us, const decision *&
 }
 
 void runtime::commit_demands(const layer_event & e, double now_us) {
-    const layer_plan & plan  = decision_.plan;
-    const double       bytes = costs_.of_layer(e.layer).bytes;
+    const layer_plan & plan = decision_.plan;
+    const double bytes      = costs_.of_layer(e.layer).bytes;
     decision_.slots.assign(decision_.items.size(), -1);
     // In the order of their copies on each link.
     copy_order_.clear();
@@ -281,11 +282,11 @@ void runtime::commit_demands(const layer_event & e, double now_us) {
         return x.copy_start_us != y.copy_start_us ? x.copy_start_us < y.copy_start_us : a < b;
     });
     for (const int index : copy_order_) {
-        const placement & at  = plan.placements[static_cast<size_t>(index)];
-        const int         d   = at.device;
-        const int         key = shape_.key(e.layer, at.expert);
-        load_result       loaded;
-        transfer          t;
+        const placement & at = plan.placements[static_cast<size_t>(index)];
+        const int d          = at.device;
+        const int key        = shape_.key(e.layer, at.expert);
+        load_result loaded;
+        transfer t;
         t.kind = transfer_kind::scratch;
         if (limits_.admission && admission_->wants(key) &&
             cache_.begin_load(e.layer, at.expert, d, false, loaded).ok()) {
@@ -327,10 +328,11 @@ void runtime::commit_demands(const layer_event & e, double now_us) {
 // Until when idle-time copies may run, and how much DRAM traffic the plan leaves for them.
 void runtime::open_window(const layer_event & e, double now_us) {
     const double layer_us = decision_.plan.makespan_us + e.gap_us;
-    const bool   quiet    = n_quiet_layers_ >= shape_.n_layers;
+    const bool quiet      = n_quiet_layers_ >= shape_.n_layers;
     const double n_layers = quiet ? max_window_layers_ : 1;
     window_end_us_        = now_us + n_layers * layer_us;
-    spare_bytes_ = n_layers * (layer_us * costs_.dram_bytes_per_us() - decision_.plan.cpu_bytes) - decision_.plan.copy_bytes;
+    spare_bytes_ =
+        n_layers * (layer_us * costs_.dram_bytes_per_us() - decision_.plan.cpu_bytes) - decision_.plan.copy_bytes;
 }
 
 int runtime::target_device(int layer) const {
@@ -351,7 +353,7 @@ bool runtime::issue_idle(transfer_kind kind, int layer, int expert, int device, 
         return false;
     }
     load_result loaded;
-    const bool  speculative = kind == transfer_kind::prefetch;
+    const bool speculative = kind == transfer_kind::prefetch;
     if (!cache_.begin_load(layer, expert, device, speculative, loaded).ok()) {
         return false;
     }
@@ -405,8 +407,8 @@ void runtime::commit_prefetch(const layer_event & e, double now_us) {
     }
     for (int i = 0; i < proposals_.n_items; ++i) {
         const proposal & p = proposals_.items[i];
-        issue_idle(transfer_kind::prefetch, p.layer, p.expert, device_of_layer_[static_cast<size_t>(p.layer)], p.gain_us,
-                   now_us);
+        issue_idle(transfer_kind::prefetch, p.layer, p.expert, device_of_layer_[static_cast<size_t>(p.layer)],
+                   p.gain_us, now_us);
     }
 }
 
@@ -459,15 +461,16 @@ size_t runtime::find_transfer(int64_t id) const {
 status runtime::on_complete(int64_t id, double now_us) {
     const size_t i = find_transfer(id);
     if (i == in_flight_.size() || !std::isfinite(now_us)) {
-        return status::fail(error_code::out_of_order, "complete: transfer %lld is not in flight", static_cast<long long>(id));
+        return status::fail(error_code::out_of_order, "complete: transfer %lld is not in flight",
+                            static_cast<long long>(id));
     }
     const transfer t = in_flight_[i];
     if (t.slot >= 0) {
         HYBRIMOE_TRY(cache_.complete_load(t.layer, t.expert));
     }
     in_flight_.erase(in_flight_.begin() + static_cast<std::ptrdiff_t>(i));
-    const bool last = std::none_of(in_flight_.begin(), in_flight_.end(),
-                                   [&](const transfer & f) { return f.device == t.device; });
+    const bool last =
+        std::none_of(in_flight_.begin(), in_flight_.end(), [&](const transfer & f) { return f.device == t.device; });
     if (last) { // earlier or later than predicted: the link is free now
         link_free_us_[t.device] = now_us;
     }
@@ -477,7 +480,8 @@ status runtime::on_complete(int64_t id, double now_us) {
 status runtime::on_fail(int64_t id, double now_us) {
     const size_t i = find_transfer(id);
     if (i == in_flight_.size() || !std::isfinite(now_us)) {
-        return status::fail(error_code::out_of_order, "fail: transfer %lld is not in flight", static_cast<long long>(id));
+        return status::fail(error_code::out_of_order, "fail: transfer %lld is not in flight",
+                            static_cast<long long>(id));
     }
     const transfer t = in_flight_[i];
     if (t.slot >= 0) {
@@ -489,14 +493,15 @@ status runtime::on_fail(int64_t id, double now_us) {
 }
 
 void runtime::hash_decision() {
-    uint64_t   h   = stats_.decision_hash;
+    uint64_t h     = stats_.decision_hash;
     const auto mix = [&h](uint64_t value) {
         for (int byte = 0; byte < 8; ++byte) {
             h = (h ^ ((value >> (8 * byte)) & 0xff)) * 1099511628211ULL;
         }
     };
     for (const placement & at : decision_.plan.placements) {
-        mix(static_cast<uint64_t>(at.expert) | static_cast<uint64_t>(at.device + 1) << 32 | static_cast<uint64_t>(at.copied) << 48);
+        mix(static_cast<uint64_t>(at.expert) | static_cast<uint64_t>(at.device + 1) << 32 |
+            static_cast<uint64_t>(at.copied) << 48);
     }
     for (const transfer & t : decision_.transfers) {
         mix(static_cast<uint64_t>(t.id) << 8 | static_cast<uint64_t>(t.kind));

@@ -31,15 +31,14 @@ public:
         return *this;
     }
 
-    bool         ok() const { return code_ == error_code::none; }
-    error_code   code() const { return code_; }
+    bool ok() const { return code_ == error_code::none; }
+    error_code code() const { return code_; }
     const char * message() const { return message_; }
 
 #if defined(__GNUC__)
     __attribute__((format(printf, 2, 3)))
 #endif
-    static status
-    fail(error_code code, const char * format, ...) {
+    static status fail(error_code code, const char * format, ...) {
         status out;
         out.code_ = code;
         va_list args;
@@ -53,7 +52,7 @@ private:
     static size_t length(const status & s) { return std::strlen(s.message_) + 1; }
 
     error_code code_;
-    char       message_[400];
+    char message_[400];
 };
 
 } // namespace hybrimoe

@@ -11,7 +11,7 @@ public:
 } // namespace
 
 extern const policy_entry<admission_policy> always_admission;
-const policy_entry<admission_policy>        always_admission = {
+const policy_entry<admission_policy> always_admission = {
     "always",
     "Every missed expert is admitted.",
     "",

@@ -13,7 +13,7 @@ const policy_table<admission_policy> & admission_policies() {
 #undef HYBRIMOE_POLICY
     };
     static const policy_table<admission_policy> table = {"admission policy", entries,
-                                                        sizeof(entries) / sizeof(entries[0])};
+                                                         sizeof(entries) / sizeof(entries[0])};
     return table;
 }
 

@@ -30,8 +30,8 @@ public:
 private:
     static constexpr int64_t never = INT64_MIN / 2;
 
-    model_shape          shape_;
-    int64_t              window_;
+    model_shape shape_;
+    int64_t window_;
     std::vector<int64_t> last_, before_, n_steps_; // in steps of the expert's layer
 };
 
@@ -42,7 +42,7 @@ const param_info params[] = {
 } // namespace
 
 extern const policy_entry<admission_policy> second_use_admission;
-const policy_entry<admission_policy>        second_use_admission = {
+const policy_entry<admission_policy> second_use_admission = {
     "second-use",
     "An expert is admitted at its second use within a window.",
     "",

@@ -11,14 +11,16 @@ public:
 } // namespace
 
 extern const policy_entry<slot_allocation> even_allocation;
-const policy_entry<slot_allocation>        even_allocation = {
+const policy_entry<slot_allocation> even_allocation = {
     "even",
     "Every layer gets the same number of slots.",
     "",
     {},
     nullptr,
     0,
-    [](const model_shape &, const param_values &) -> std::unique_ptr<slot_allocation> { return std::make_unique<even>(); },
+    [](const model_shape &, const param_values &) -> std::unique_ptr<slot_allocation> {
+        return std::make_unique<even>();
+    },
 };
 
 } // namespace hybrimoe

@@ -14,8 +14,8 @@ public:
         for (size_t l = 0; l < out.size(); ++l) {
             const double d = request.demand[l];
             if (!std::isfinite(d) || d < 0.0) {
-                return status::fail(error_code::invalid_argument, "demand of layer %zu = %g must be finite and at least 0",
-                                    l, d);
+                return status::fail(error_code::invalid_argument,
+                                    "demand of layer %zu = %g must be finite and at least 0", l, d);
             }
             out[l] = d;
         }
@@ -26,7 +26,7 @@ public:
 } // namespace
 
 extern const policy_entry<slot_allocation> proportional_allocation;
-const policy_entry<slot_allocation>        proportional_allocation = {
+const policy_entry<slot_allocation> proportional_allocation = {
     "proportional",
     "Slots in proportion to each layer's predicted demand.",
     "ExpertFlow (He), arXiv 2410.17954",

@@ -23,7 +23,7 @@ const param_info params[] = {
 } // namespace
 
 extern const policy_entry<slot_allocation> shallow_allocation;
-const policy_entry<slot_allocation>        shallow_allocation = {
+const policy_entry<slot_allocation> shallow_allocation = {
     "shallow",
     "The first layers are cached whole, the rest evenly.",
     "Fate, arXiv 2502.12224",

@@ -30,13 +30,13 @@ int share(const std::vector<double> & weight, int cap, int n, std::vector<int> &
         total += slots[l] < cap ? weight[l] : 0.0;
     }
     std::vector<double> remainder(weight.size(), -1.0);
-    int                 left = n;
+    int left = n;
     for (size_t l = 0; l < weight.size(); ++l) {
         if (slots[l] >= cap || weight[l] == 0.0) {
             continue;
         }
         const double exact = n * weight[l] / total;
-        const int    whole = std::min(cap - slots[l], static_cast<int>(exact));
+        const int whole    = std::min(cap - slots[l], static_cast<int>(exact));
         remainder[l]       = exact - whole;
         slots[l] += whole;
         left -= whole;
@@ -65,9 +65,9 @@ status allocate_slots(const slot_allocation & policy, const allocation_request &
         return status::fail(error_code::invalid_argument, "%d slots in all, must be at least 0", request.n_total);
     }
     std::vector<double> weight(static_cast<size_t>(s.n_layers), 1.0);
-    int                 n_full = 0;
+    int n_full = 0;
     HYBRIMOE_TRY(policy.weights(request, weight, n_full));
-    int              left = std::min(request.n_total, s.n_keys());
+    int left = std::min(request.n_total, s.n_keys());
     std::vector<int> slots(static_cast<size_t>(s.n_layers), 0);
     for (int l = 0; l < std::min(n_full, s.n_layers); ++l) {
         slots[static_cast<size_t>(l)] = std::min(left, s.n_expert);
@@ -75,7 +75,7 @@ status allocate_slots(const slot_allocation & policy, const allocation_request &
         weight[static_cast<size_t>(l)] = 0.0;
     }
     for (int before = -1; left > 0 && left != before;) {
-        before = left;
+        before      = left;
         double open = 0.0;
         for (size_t l = 0; l < slots.size(); ++l) {
             open += slots[l] < s.n_expert ? weight[l] : 0.0;

@@ -9,8 +9,8 @@ status read_cache_config(const hm_cache_config * c, cache_config & out) {
         return null_argument("cache config or its n_slots");
     }
     if (c->n_layers < 1 || c->n_layers > max_layers || c->n_devices < 0 || c->n_devices > max_devices) {
-        return status::fail(error_code::invalid_argument, "%d layers on %d devices, must be 1..%d on 0..%d", c->n_layers,
-                            c->n_devices, max_layers, max_devices);
+        return status::fail(error_code::invalid_argument, "%d layers on %d devices, must be 1..%d on 0..%d",
+                            c->n_layers, c->n_devices, max_layers, max_devices);
     }
     out           = cache_config();
     out.shape     = {c->n_layers, c->n_expert, c->top_k};
@@ -25,7 +25,8 @@ status read_cache_config(const hm_cache_config * c, cache_config & out) {
         return status::fail(error_code::invalid_argument, "n_expert = %d is outside 1..%d", c->n_expert, max_experts);
     }
     if (c->top_k < 1 || c->top_k > c->n_expert) {
-        return status::fail(error_code::invalid_argument, "top_k = %d is outside 1..%d (experts)", c->top_k, c->n_expert);
+        return status::fail(error_code::invalid_argument, "top_k = %d is outside 1..%d (experts)", c->top_k,
+                            c->n_expert);
     }
     return {};
 }
@@ -58,7 +59,8 @@ status gather(const hm_step & s, const model_shape & shape, hm_gathered_step & b
     const size_t n = static_cast<size_t>(s.n_rows) * static_cast<size_t>(s.top_k);
     for (size_t i = 0; i < n; ++i) {
         if (s.ids[i] < 0 || s.ids[i] >= shape.n_expert) {
-            return status::fail(error_code::invalid_argument, "expert %d is outside 0..%d", s.ids[i], shape.n_expert - 1);
+            return status::fail(error_code::invalid_argument, "expert %d is outside 0..%d", s.ids[i],
+                                shape.n_expert - 1);
         }
     }
     buffers.active.clear();
@@ -88,8 +90,8 @@ status gather(const hm_step & s, const model_shape & shape, hm_gathered_step & b
 status check_expert(const expert_cache & cache, int32_t layer, int32_t expert) {
     const model_shape & s = cache.shape();
     if (layer < 0 || layer >= s.n_layers || expert < 0 || expert >= s.n_expert) {
-        return status::fail(error_code::invalid_argument, "expert %d of layer %d is outside 0..%d of 0..%d", expert, layer,
-                            s.n_expert - 1, s.n_layers - 1);
+        return status::fail(error_code::invalid_argument, "expert %d of layer %d is outside 0..%d of 0..%d", expert,
+                            layer, s.n_expert - 1, s.n_layers - 1);
     }
     return {};
 }
@@ -115,7 +117,9 @@ int hm_cache_create(const hm_cache_config * config, const hm_policy * eviction, 
     });
 }
 
-void hm_cache_destroy(hm_cache * cache) { delete cache; }
+void hm_cache_destroy(hm_cache * cache) {
+    delete cache;
+}
 
 int hm_cache_lookup(const hm_cache * cache, int32_t layer, int32_t expert, int32_t * state, int32_t * device,
                     int32_t * slot, char * message, size_t message_size) {
@@ -196,9 +200,9 @@ int hm_cache_fail_load(hm_cache * cache, int32_t layer, int32_t expert, char * m
 
 int hm_cache_pin(hm_cache * cache, int32_t layer, int32_t expert, int32_t pinned, char * message, size_t message_size) {
     return guarded(message, message_size, [&] {
-        return !cache ? null_argument("cache")
-                      : pinned ? cache->cache.pin(layer, expert)
-                               : cache->cache.unpin(layer, expert);
+        return !cache   ? null_argument("cache")
+               : pinned ? cache->cache.pin(layer, expert)
+                        : cache->cache.unpin(layer, expert);
     });
 }
 
@@ -215,8 +219,8 @@ int hm_cache_resize(hm_cache * cache, int32_t layer, int32_t device, int32_t n_s
 
 void hm_cache_get_stats(const hm_cache * cache, hm_cache_stats * out) {
     const cache_stats & s = cache->cache.stats();
-    *out = {s.n_queries, s.n_hits, s.n_misses, s.n_late, s.n_loads, s.n_failed_loads, s.n_evictions, s.n_refused,
-            s.n_prefetched, s.n_prefetch_used, s.n_prefetch_wasted};
+    *out = {s.n_queries,   s.n_hits,    s.n_misses,     s.n_late,          s.n_loads,          s.n_failed_loads,
+            s.n_evictions, s.n_refused, s.n_prefetched, s.n_prefetch_used, s.n_prefetch_wasted};
 }
 
 int hm_cache_verify(const hm_cache * cache, char * message, size_t message_size) {

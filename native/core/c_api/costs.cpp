@@ -29,7 +29,9 @@ int hm_costs_create(int32_t n_layers, int32_t n_classes, int32_t n_devices, hm_c
     });
 }
 
-void hm_costs_destroy(hm_costs * costs) { delete costs; }
+void hm_costs_destroy(hm_costs * costs) {
+    delete costs;
+}
 
 int hm_costs_set_layer_class(hm_costs * costs, int32_t layer, int32_t cls, char * message, size_t message_size) {
     return leave(costs ? costs->model.set_layer_class(layer, cls) : null_argument("costs"), message, message_size);
@@ -87,7 +89,9 @@ int hm_scheduler_create(const hm_policy * policy, hm_scheduler ** out, char * me
     });
 }
 
-void hm_scheduler_destroy(hm_scheduler * scheduler) { delete scheduler; }
+void hm_scheduler_destroy(hm_scheduler * scheduler) {
+    delete scheduler;
+}
 
 int hm_scheduler_plan(const hm_scheduler * scheduler, const hm_costs * costs, const hm_problem * given, hm_plan * out,
                       char * message, size_t message_size) {
@@ -116,7 +120,7 @@ int hm_scheduler_plan(const hm_scheduler * scheduler, const hm_costs * costs, co
         out->n_placements = static_cast<int32_t>(plan.placements.size());
         for (size_t i = 0; i < plan.placements.size(); ++i) {
             const placement & p = plan.placements[i];
-            out->placements[i] = {p.expert, p.device, p.copied, p.start_us, p.end_us, p.copy_start_us, p.copy_end_us};
+            out->placements[i]  = {p.expert, p.device, p.copied, p.start_us, p.end_us, p.copy_start_us, p.copy_end_us};
         }
         out->makespan_us = plan.makespan_us;
         out->cpu_end_us  = plan.cpu_end_us;

@@ -25,16 +25,16 @@ struct hm_gathered_step {
 };
 
 struct hm_cache {
-    hybrimoe::expert_cache            cache;
-    hm_gathered_step                  step;
+    hybrimoe::expert_cache cache;
+    hm_gathered_step step;
     std::vector<hybrimoe::slot_move> moves;
 };
 
 struct hm_runtime {
     std::unique_ptr<hybrimoe::runtime> rt;
     // The last decision, in C layout.
-    std::vector<hm_placement>         placements;
-    std::vector<hm_transfer>          transfers;
+    std::vector<hm_placement> placements;
+    std::vector<hm_transfer> transfers;
     std::vector<hybrimoe::slot_move> moves;
 };
 
@@ -54,14 +54,14 @@ template <class body> int guarded(char * message, size_t message_size, body run)
     } catch (const std::bad_alloc &) {
         return leave(status::fail(error_code::out_of_memory, "out of memory"), message, message_size);
     } catch (...) {
-        return leave(status::fail(error_code::internal, "unexpected exception in the policy core"), message, message_size);
+        return leave(status::fail(error_code::internal, "unexpected exception in the policy core"), message,
+                     message_size);
     }
 }
 
 inline status null_argument(const char * name) {
     return status::fail(error_code::invalid_argument, "%s is NULL", name);
 }
-
 
 template <class policy>
 status make_from(const policy_table<policy> & table, const hm_policy * given, const model_shape & shape,

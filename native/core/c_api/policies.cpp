@@ -14,7 +14,8 @@ template <class policy> int describe(const policy_table<policy> & table, int32_t
     return HM_OK;
 }
 
-template <class policy> int describe_param(const policy_table<policy> & table, int32_t index, int32_t param, hm_param_info * out) {
+template <class policy>
+int describe_param(const policy_table<policy> & table, int32_t index, int32_t param, hm_param_info * out) {
     if (index < 0 || index >= table.n_entries || param < 0 || param >= table.entries[index]->n_params || !out) {
         return HM_INVALID_ARGUMENT;
     }
@@ -26,12 +27,18 @@ template <class policy> int describe_param(const policy_table<policy> & table, i
 // Calls `visit` with the table of a kind; `none` where there is no such kind.
 template <class result, class visitor> result with_table(int32_t kind, result none, visitor visit) {
     switch (kind) {
-    case HM_SCHEDULER: return visit(schedulers());
-    case HM_EVICTION: return visit(eviction_policies());
-    case HM_ADMISSION: return visit(admission_policies());
-    case HM_PREFETCH: return visit(prefetchers());
-    case HM_ALLOCATION: return visit(slot_allocations());
-    default: return none;
+    case HM_SCHEDULER:
+        return visit(schedulers());
+    case HM_EVICTION:
+        return visit(eviction_policies());
+    case HM_ADMISSION:
+        return visit(admission_policies());
+    case HM_PREFETCH:
+        return visit(prefetchers());
+    case HM_ALLOCATION:
+        return visit(slot_allocations());
+    default:
+        return none;
     }
 }
 
@@ -39,7 +46,9 @@ template <class result, class visitor> result with_table(int32_t kind, result no
 
 extern "C" {
 
-int hm_core_api_version(void) { return HM_CORE_API_VERSION; }
+int hm_core_api_version(void) {
+    return HM_CORE_API_VERSION;
+}
 
 const char * hm_kind_name(int32_t kind) {
     return with_table<const char *>(kind, nullptr, [](const auto & table) { return table.kind; });
@@ -58,8 +67,8 @@ int hm_policy_param(int32_t kind, int32_t index, int32_t param, hm_param_info * 
                            [&](const auto & table) { return describe_param(table, index, param, out); });
 }
 
-int hm_allocate_slots(const hm_policy * policy, int32_t n_layers, int32_t n_expert, int32_t n_total, const double * demand,
-                      int32_t * n_slots, char * message, size_t message_size) {
+int hm_allocate_slots(const hm_policy * policy, int32_t n_layers, int32_t n_expert, int32_t n_total,
+                      const double * demand, int32_t * n_slots, char * message, size_t message_size) {
     return guarded(message, message_size, [&]() -> status {
         if (!n_slots) {
             return null_argument("n_slots");

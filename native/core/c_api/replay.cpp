@@ -32,14 +32,15 @@ status read_trace(const hm_trace * t, replay_trace & out) {
 status same_shape(const model_shape & a, const model_shape & b) {
     if (a.n_layers != b.n_layers || a.n_expert != b.n_expert || a.top_k != b.top_k) {
         return status::fail(error_code::invalid_argument,
-                            "the trace has %d layers, %d experts, top-%d, the cache %d, %d and %d", a.n_layers, a.n_expert,
-                            a.top_k, b.n_layers, b.n_expert, b.top_k);
+                            "the trace has %d layers, %d experts, top-%d, the cache %d, %d and %d", a.n_layers,
+                            a.n_expert, a.top_k, b.n_layers, b.n_expert, b.top_k);
     }
     return {};
 }
 
 // Arrays of one recorded layer event, bounds checked.
-status read_layer_event(const hm_event & e, const hm_event_arrays & arrays, const model_shape & shape, layer_event & out) {
+status read_layer_event(const hm_event & e, const hm_event_arrays & arrays, const model_shape & shape,
+                        layer_event & out) {
     const int64_t n = static_cast<int64_t>(e.n_rows) * e.a;
     if (e.n_rows < 1 || e.a < 1 || e.offset < 0 || e.offset + n > arrays.n_ids) {
         return status::fail(error_code::invalid_argument, "ids of the event lie outside the array of %lld",
@@ -74,29 +75,39 @@ status read_layer_event(const hm_event & e, const hm_event_arrays & arrays, cons
     return {};
 }
 
-status replay_event(hm_runtime & handle, const hm_event & e, const hm_event_arrays & arrays, const hm_costs * const * costs,
-                    int32_t n_costs) {
+status replay_event(hm_runtime & handle, const hm_event & e, const hm_event_arrays & arrays,
+                    const hm_costs * const * costs, int32_t n_costs) {
     runtime & rt = *handle.rt;
     switch (e.type) {
     case HM_EVENT_LAYER: {
-        layer_event      event;
+        layer_event event;
         const decision * ignored = nullptr;
         HYBRIMOE_TRY(read_layer_event(e, arrays, rt.cache().shape(), event));
         return rt.on_layer(event, e.now_us, ignored);
     }
-    case HM_EVENT_COMPLETE: return rt.on_complete(e.id, e.now_us);
-    case HM_EVENT_FAIL: return rt.on_fail(e.id, e.now_us);
-    case HM_EVENT_PROMPT: rt.begin_prompt(); return {};
-    case HM_EVENT_LIMITS: rt.set_limits({e.a != 0, e.b != 0, e.c != 0}); return {};
-    case HM_EVENT_RESIZE: return rt.resize(e.layer, e.a, e.b, handle.moves);
+    case HM_EVENT_COMPLETE:
+        return rt.on_complete(e.id, e.now_us);
+    case HM_EVENT_FAIL:
+        return rt.on_fail(e.id, e.now_us);
+    case HM_EVENT_PROMPT:
+        rt.begin_prompt();
+        return {};
+    case HM_EVENT_LIMITS:
+        rt.set_limits({e.a != 0, e.b != 0, e.c != 0});
+        return {};
+    case HM_EVENT_RESIZE:
+        return rt.resize(e.layer, e.a, e.b, handle.moves);
     case HM_EVENT_COSTS:
         if (e.a < 0 || e.a >= n_costs || !costs || !costs[e.a]) {
             return status::fail(error_code::invalid_argument, "cost model %d is outside 0..%d", e.a, n_costs - 1);
         }
         return rt.set_costs(costs[e.a]->model);
-    case HM_EVENT_LAYER_DONE: rt.on_layer_done(); return {};
+    case HM_EVENT_LAYER_DONE:
+        rt.on_layer_done();
+        return {};
     default:
-        return status::fail(error_code::invalid_argument, "event type %d is outside 0..%d", e.type, HM_N_EVENT_TYPES - 1);
+        return status::fail(error_code::invalid_argument, "event type %d is outside 0..%d", e.type,
+                            HM_N_EVENT_TYPES - 1);
     }
 }
 
@@ -117,9 +128,9 @@ int hm_replay_cache(const hm_trace * given, const hm_replay_options * options, c
         HYBRIMOE_TRY(read_trace(given, trace));
         HYBRIMOE_TRY(read_cache_config(config, read));
         HYBRIMOE_TRY(same_shape(trace.shape, read.shape));
-        std::unique_ptr<eviction_policy>      policy;
-        std::unique_ptr<admission_policy>     gate;
-        const policy_entry<eviction_policy> *  eviction_entry  = nullptr;
+        std::unique_ptr<eviction_policy> policy;
+        std::unique_ptr<admission_policy> gate;
+        const policy_entry<eviction_policy> * eviction_entry   = nullptr;
         const policy_entry<admission_policy> * admission_entry = nullptr;
         HYBRIMOE_TRY(make_from(eviction_policies(), eviction, read.shape, policy));
         HYBRIMOE_TRY(make_from(admission_policies(), admission, read.shape, gate));
@@ -131,8 +142,9 @@ int hm_replay_cache(const hm_trace * given, const hm_replay_options * options, c
         if (costs) {
             HYBRIMOE_TRY(costs->model.check());
             if (costs->model.n_layers() != read.shape.n_layers || costs->model.n_devices() != read.n_devices) {
-                return status::fail(error_code::invalid_argument, "the cost model has %d layers and %d devices, the cache %d and %d",
-                                    costs->model.n_layers(), costs->model.n_devices(), read.shape.n_layers, read.n_devices);
+                return status::fail(
+                    error_code::invalid_argument, "the cost model has %d layers and %d devices, the cache %d and %d",
+                    costs->model.n_layers(), costs->model.n_devices(), read.shape.n_layers, read.n_devices);
             }
             gate->set_costs(&costs->model);
         }
@@ -201,16 +213,16 @@ int hm_runtime_replay_clock(hm_runtime * runtime, const hm_trace * given, const 
         o.scratch      = options->scratch != 0;
         o.lookahead    = options->lookahead;
         std::vector<clock_layer> rows(records ? static_cast<size_t>(std::max<int64_t>(0, capacity)) : 0);
-        clock_result             result;
+        clock_result result;
         HYBRIMOE_TRY(replay_clock(trace, o, *runtime->rt, records ? rows.data() : nullptr, capacity, result));
         const auto n = static_cast<size_t>(std::min<int64_t>(result.n_layers_run, static_cast<int64_t>(rows.size())));
         for (size_t i = 0; i < n; ++i) {
             const clock_layer & r = rows[i];
-            records[i] = {r.step, r.layer, r.n_rows, r.n_hits, r.n_misses, r.n_cpu, r.n_gpu, r.n_copies, r.n_prefetched,
-                          r.start_us, r.makespan_us, r.cpu_us, r.gpu_us, r.link_us};
+            records[i] = {r.step,     r.layer,        r.n_rows,   r.n_hits,      r.n_misses, r.n_cpu,  r.n_gpu,
+                          r.n_copies, r.n_prefetched, r.start_us, r.makespan_us, r.cpu_us,   r.gpu_us, r.link_us};
         }
-        *out = {result.total_us, result.experts_us, result.cpu_busy_us, result.gpu_busy_us, result.link_busy_us,
-                result.n_layers_run};
+        *out = {result.total_us,    result.experts_us,   result.cpu_busy_us,
+                result.gpu_busy_us, result.link_busy_us, result.n_layers_run};
         return {};
     });
 }

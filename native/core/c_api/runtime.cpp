@@ -13,7 +13,8 @@ status make_online(const policy_table<policy> & table, const hm_policy & given, 
     const policy_entry<policy> * entry = nullptr;
     HYBRIMOE_TRY(find_entry(table, given.name, entry));
     if (entry->traits.oracle) {
-        return status::fail(error_code::invalid_argument, "%s '%s' is an oracle: it cannot run live", table.kind, given.name);
+        return status::fail(error_code::invalid_argument, "%s '%s' is an oracle: it cannot run live", table.kind,
+                            given.name);
     }
     return {};
 }
@@ -22,7 +23,8 @@ void export_decision(const decision & d, const model_shape & shape, hm_runtime &
     handle.placements.clear();
     handle.transfers.clear();
     for (const placement & p : d.plan.placements) {
-        handle.placements.push_back({p.expert, p.device, p.copied, p.start_us, p.end_us, p.copy_start_us, p.copy_end_us});
+        handle.placements.push_back(
+            {p.expert, p.device, p.copied, p.start_us, p.end_us, p.copy_start_us, p.copy_end_us});
     }
     for (const transfer & t : d.transfers) {
         hm_transfer c    = {};
@@ -111,7 +113,9 @@ int hm_runtime_create(const hm_runtime_config * config, const hm_costs * costs, 
     });
 }
 
-void hm_runtime_destroy(hm_runtime * runtime) { delete runtime; }
+void hm_runtime_destroy(hm_runtime * runtime) {
+    delete runtime;
+}
 
 int hm_runtime_on_layer(hm_runtime * runtime, const hm_layer_event * event, double now_us, hm_decision * out,
                         char * message, size_t message_size) {
@@ -144,7 +148,8 @@ void hm_runtime_on_layer_done(hm_runtime * runtime) {
     }
 }
 
-int hm_runtime_on_complete(hm_runtime * runtime, int64_t transfer_id, double now_us, char * message, size_t message_size) {
+int hm_runtime_on_complete(hm_runtime * runtime, int64_t transfer_id, double now_us, char * message,
+                           size_t message_size) {
     return guarded(message, message_size,
                    [&] { return runtime ? runtime->rt->on_complete(transfer_id, now_us) : null_argument("runtime"); });
 }
@@ -217,12 +222,14 @@ int hm_runtime_warm(hm_runtime * runtime, int32_t layer, int32_t expert, int32_t
     });
 }
 
-void hm_runtime_get_stats(const hm_runtime * runtime, hm_runtime_stats * out) { fill_stats(*runtime->rt, *out); }
+void hm_runtime_get_stats(const hm_runtime * runtime, hm_runtime_stats * out) {
+    fill_stats(*runtime->rt, *out);
+}
 
 void hm_runtime_get_cache_stats(const hm_runtime * runtime, hm_cache_stats * out) {
     const cache_stats & s = runtime->rt->cache().stats();
-    *out = {s.n_queries, s.n_hits, s.n_misses, s.n_late, s.n_loads, s.n_failed_loads, s.n_evictions, s.n_refused,
-            s.n_prefetched, s.n_prefetch_used, s.n_prefetch_wasted};
+    *out = {s.n_queries,   s.n_hits,    s.n_misses,     s.n_late,          s.n_loads,          s.n_failed_loads,
+            s.n_evictions, s.n_refused, s.n_prefetched, s.n_prefetch_used, s.n_prefetch_wasted};
 }
 
 } // extern "C"

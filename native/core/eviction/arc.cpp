@@ -25,12 +25,13 @@ public:
             pools_.resize(static_cast<size_t>(pool_id) + 1);
         }
         pools_[static_cast<size_t>(pool_id)].n_slots = n_slots;
-        pools_[static_cast<size_t>(pool_id)].target  = std::min(pools_[static_cast<size_t>(pool_id)].target, 1.0 * n_slots);
+        pools_[static_cast<size_t>(pool_id)].target =
+            std::min(pools_[static_cast<size_t>(pool_id)].target, 1.0 * n_slots);
     }
     void on_hit(int pool_id, int key) override { move(pool_id, key, T2); }
 
     void on_miss(int pool_id, int key) override {
-        pool &    p     = pools_[static_cast<size_t>(pool_id)];
+        pool & p        = pools_[static_cast<size_t>(pool_id)];
         const int where = at(key).list;
         if (where == B1) {
             p.target = std::min(1.0 * p.n_slots, p.target + std::max(1.0, 1.0 * p.count[B2] / p.count[B1]));
@@ -67,19 +68,19 @@ private:
     enum list : int8_t { none, T1, T2, B1, B2, n_lists };
     struct entry {
         int8_t list = none;
-        int    pool = -1;
-        int    older = -1, newer = -1; // neighbours in its list
+        int pool    = -1;
+        int older = -1, newer = -1; // neighbours in its list
     };
     struct pool {
-        int    n_slots = 0;
-        double target  = 0.0;
-        int    count[n_lists]  = {};
-        int    oldest[n_lists] = {-1, -1, -1, -1, -1};
-        int    newest[n_lists] = {-1, -1, -1, -1, -1};
+        int n_slots         = 0;
+        double target       = 0.0;
+        int count[n_lists]  = {};
+        int oldest[n_lists] = {-1, -1, -1, -1, -1};
+        int newest[n_lists] = {-1, -1, -1, -1, -1};
     };
 
     entry & at(int key) { return entries_[static_cast<size_t>(key)]; }
-    void    clear() { entries_.assign(static_cast<size_t>(shape_.n_keys()), entry()); }
+    void clear() { entries_.assign(static_cast<size_t>(shape_.n_keys()), entry()); }
 
     void unlink(int key) {
         entry & e = at(key);
@@ -95,23 +96,23 @@ private:
 
     void move(int pool_id, int key, list to) {
         unlink(key);
-        pool & p = pools_[static_cast<size_t>(pool_id)];
-        at(key)  = {to, pool_id, p.newest[to], -1};
+        pool & p                                                    = pools_[static_cast<size_t>(pool_id)];
+        at(key)                                                     = {to, pool_id, p.newest[to], -1};
         (p.newest[to] >= 0 ? at(p.newest[to]).newer : p.oldest[to]) = key;
         p.newest[to]                                                = key;
         ++p.count[to];
     }
 
-    model_shape        shape_;
+    model_shape shape_;
     std::vector<entry> entries_;
-    std::vector<pool>  pools_;
-    bool               take_t1_ = true; // decision of the last on_miss
+    std::vector<pool> pools_;
+    bool take_t1_ = true; // decision of the last on_miss
 };
 
 } // namespace
 
 extern const policy_entry<eviction_policy> arc_eviction;
-const policy_entry<eviction_policy>        arc_eviction = {
+const policy_entry<eviction_policy> arc_eviction = {
     "arc",
     "Balances recency and frequency by the ghosts of evicted experts.",
     "Fate, arXiv 2502.12224; Megiddo and Modha, FAST 2003",

@@ -3,7 +3,7 @@
 namespace hybrimoe {
 
 extern const policy_entry<eviction_policy> belady_eviction;
-const policy_entry<eviction_policy>        belady_eviction = {
+const policy_entry<eviction_policy> belady_eviction = {
     "belady",
     "Oracle: evicts the expert of furthest next use; admits every miss.",
     "Belady 1966",

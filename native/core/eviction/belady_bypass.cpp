@@ -3,7 +3,7 @@
 namespace hybrimoe {
 
 extern const policy_entry<eviction_policy> belady_bypass_eviction;
-const policy_entry<eviction_policy>        belady_bypass_eviction = {
+const policy_entry<eviction_policy> belady_bypass_eviction = {
     "belady-bypass",
     "Oracle: as belady, but a miss that is used later than every resident is not admitted.",
     "Belady 1966",

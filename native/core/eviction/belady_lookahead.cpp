@@ -10,7 +10,7 @@ const param_info params[] = {
 } // namespace
 
 extern const policy_entry<eviction_policy> belady_lookahead_eviction;
-const policy_entry<eviction_policy>        belady_lookahead_eviction = {
+const policy_entry<eviction_policy> belady_lookahead_eviction = {
     "belady-lookahead",
     "Oracle that knows the next tokens only; beyond them it evicts the least recently used.",
     "Read-ME, arXiv 2410.19123",

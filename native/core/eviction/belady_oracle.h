@@ -13,8 +13,8 @@ public:
         : future_(shape), n_layers_(shape.n_layers), bypass_(bypass), window_(window_tokens) {}
 
     status set_future(const future_trace & trace) override { return future_.set(trace); }
-    void   on_step(const router_step & step) override { future_.advance(step.layer); }
-    bool   may_bypass() const override { return bypass_; }
+    void on_step(const router_step & step) override { future_.advance(step.layer); }
+    bool may_bypass() const override { return bypass_; }
 
     double keep_value(int key) const override {
         const int64_t next = future_.next_use(key);
@@ -27,9 +27,9 @@ public:
 
 private:
     future_index future_;
-    int          n_layers_;
-    bool         bypass_;
-    int64_t      window_;
+    int n_layers_;
+    bool bypass_;
+    int64_t window_;
 };
 
 } // namespace hybrimoe

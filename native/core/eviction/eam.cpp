@@ -4,8 +4,8 @@
 namespace hybrimoe {
 namespace {
 
-// Evicts the smallest (p[l][e] + eps) * (1 - l/L). The layer factor matters in one pool over all layers only: layers that
-// come early in the next token are worth more.
+// Evicts the smallest (p[l][e] + eps) * (1 - l/L). The layer factor matters in one pool over all layers only: layers
+// that come early in the next token are worth more.
 class eam final : public eviction_policy {
 public:
     eam(const model_shape & shape, int capacity, int n_nearest, double eps)
@@ -23,7 +23,7 @@ public:
 private:
     model_shape shape_;
     eam_library library_;
-    double      eps_;
+    double eps_;
 };
 
 const param_info params[] = {
@@ -35,7 +35,7 @@ const param_info params[] = {
 } // namespace
 
 extern const policy_entry<eviction_policy> eam_eviction;
-const policy_entry<eviction_policy>        eam_eviction = {
+const policy_entry<eviction_policy> eam_eviction = {
     "eam",
     "Evicts by the activation matrices of the most similar past requests.",
     "MoE-Infinity, arXiv 2401.14361",

@@ -16,7 +16,7 @@ public:
 
     void reset() override { std::fill(value_.begin(), value_.end(), 0.0); }
     void on_step(const router_step & step) override {
-        double *     row  = value_.data() + shape_.key(step.layer, 0);
+        double * row      = value_.data() + shape_.key(step.layer, 0);
         const double keep = 1.0 - alpha_;
         for (int e = 0; e < shape_.n_expert; ++e) {
             row[e] = keep * row[e];
@@ -28,8 +28,8 @@ public:
     double keep_value(int key) const override { return value_[static_cast<size_t>(key)]; }
 
 private:
-    model_shape         shape_;
-    double              alpha_;
+    model_shape shape_;
+    double alpha_;
     std::vector<double> value_;
 };
 
@@ -40,7 +40,7 @@ const param_info params[] = {
 } // namespace
 
 extern const policy_entry<eviction_policy> ema_eviction;
-const policy_entry<eviction_policy>        ema_eviction = {
+const policy_entry<eviction_policy> ema_eviction = {
     "ema",
     "Evicts the lowest moving average of plain use (no scores).",
     "this project",

@@ -38,7 +38,7 @@ status future_index::set(const future_trace & trace) {
 }
 
 void future_index::advance(int layer) {
-    const auto   l    = static_cast<size_t>(layer);
+    const auto l      = static_cast<size_t>(layer);
     const size_t step = cursor_[l];
     if (l >= steps_.size() || step >= steps_[l].size()) {
         return; // past the known future nothing is used again
@@ -47,7 +47,7 @@ void future_index::advance(int layer) {
     now_             = steps_[l][step];
     const auto top_k = static_cast<size_t>(shape_.top_k);
     for (size_t k = 0; k < top_k; ++k) {
-        const use & u                        = uses_[l][step * top_k + k];
+        const use & u                     = uses_[l][step * top_k + k];
         next_[static_cast<size_t>(u.key)] = u.next;
     }
 }

@@ -27,12 +27,12 @@ private:
         int64_t next; // position of the use after this one
     };
 
-    model_shape                   shape_;
-    std::vector<int64_t>          next_;
+    model_shape shape_;
+    std::vector<int64_t> next_;
     std::vector<std::vector<use>> uses_;      // per layer, top_k per step
     std::vector<std::vector<int64_t>> steps_; // per layer, position of each step
-    std::vector<size_t>           cursor_;    // per layer
-    int64_t                       now_ = 0;
+    std::vector<size_t> cursor_;              // per layer
+    int64_t now_ = 0;
 };
 
 } // namespace hybrimoe

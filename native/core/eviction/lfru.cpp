@@ -33,14 +33,14 @@ public:
     }
 
 private:
-    model_shape          shape_;
+    model_shape shape_;
     std::vector<int64_t> n_uses_, last_use_, n_steps_; // time is counted in steps of the expert's layer
 };
 
 } // namespace
 
 extern const policy_entry<eviction_policy> lfru_eviction;
-const policy_entry<eviction_policy>        lfru_eviction = {
+const policy_entry<eviction_policy> lfru_eviction = {
     "lfru",
     "Evicts the smallest uses / (now - last use + 1), in steps.",
     "",

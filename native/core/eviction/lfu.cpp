@@ -26,8 +26,8 @@ public:
     double keep_value(int key) const override { return static_cast<double>(n_uses_[static_cast<size_t>(key)]); }
 
 private:
-    model_shape          shape_;
-    bool                 fresh_;
+    model_shape shape_;
+    bool fresh_;
     std::vector<int64_t> n_uses_;
 };
 
@@ -38,7 +38,7 @@ const param_info params[] = {
 } // namespace
 
 extern const policy_entry<eviction_policy> lfu_eviction;
-const policy_entry<eviction_policy>        lfu_eviction = {
+const policy_entry<eviction_policy> lfu_eviction = {
     "lfu",
     "Evicts the least used expert, counting every token since the start.",
     "Lin, He, Chen, arXiv 2511.05814",

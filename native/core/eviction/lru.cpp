@@ -12,14 +12,16 @@ public:
 } // namespace
 
 extern const policy_entry<eviction_policy> lru_eviction;
-const policy_entry<eviction_policy>        lru_eviction = {
+const policy_entry<eviction_policy> lru_eviction = {
     "lru",
     "Evicts the least recently used expert.",
     "",
     {},
     nullptr,
     0,
-    [](const model_shape &, const param_values &) -> std::unique_ptr<eviction_policy> { return std::make_unique<lru>(); },
+    [](const model_shape &, const param_values &) -> std::unique_ptr<eviction_policy> {
+        return std::make_unique<lru>();
+    },
 };
 
 } // namespace hybrimoe

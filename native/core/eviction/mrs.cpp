@@ -56,11 +56,11 @@ private:
         }
     }
 
-    model_shape         shape_;
-    double              alpha_;
-    int                 n_kept_;
+    model_shape shape_;
+    double alpha_;
+    int n_kept_;
     std::vector<double> value_;
-    std::vector<int>    order_;
+    std::vector<int> order_;
 };
 
 const param_info params[] = {
@@ -71,7 +71,7 @@ const param_info params[] = {
 } // namespace
 
 extern const policy_entry<eviction_policy> mrs_eviction;
-const policy_entry<eviction_policy>        mrs_eviction = {
+const policy_entry<eviction_policy> mrs_eviction = {
     "mrs",
     "Evicts the lowest moving average of the router's largest scores (minus recent score).",
     "HybriMoE sec. IV-D",

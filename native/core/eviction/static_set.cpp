@@ -7,13 +7,13 @@ namespace {
 class static_set final : public eviction_policy {
 public:
     double keep_value(int) const override { return 0.0; }
-    bool   may_evict() const override { return false; }
+    bool may_evict() const override { return false; }
 };
 
 } // namespace
 
 extern const policy_entry<eviction_policy> static_set_eviction;
-const policy_entry<eviction_policy>        static_set_eviction = {
+const policy_entry<eviction_policy> static_set_eviction = {
     "static",
     "Never evicts: the experts loaded first stay.",
     "",

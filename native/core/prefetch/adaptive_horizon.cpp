@@ -11,8 +11,8 @@ adaptive_horizon::adaptive_horizon(int max_horizon, int n_layers)
 void adaptive_horizon::seed(int horizon) {
     value_     = std::clamp(horizon, 1, max_);
     direction_ = hold_ = n_moved_ = 0;
-    next_hold_         = hold_windows;
-    reference_         = -1.0;
+    next_hold_                    = hold_windows;
+    reference_                    = -1.0;
     start_window();
 }
 
@@ -49,7 +49,8 @@ void adaptive_horizon::begin_trial(int direction) {
 
 void adaptive_horizon::judge(double stall, double wasted_share) {
     if (direction_ != 0) {
-        const bool better = direction_ > 0 ? stall < 0.9 * reference_ : stall <= std::max(stall_threshold, 1.02 * reference_);
+        const bool better =
+            direction_ > 0 ? stall < 0.9 * reference_ : stall <= std::max(stall_threshold, 1.02 * reference_);
         if (!better) {
             value_ -= direction_;
             direction_ = 0;
@@ -60,8 +61,9 @@ void adaptive_horizon::judge(double stall, double wasted_share) {
         reference_ = stall;
     } else {
         // Bursts move one window; another bandwidth moves two in a row.
-        const bool moved = reference_ >= 0.0 && std::fabs(stall - reference_) > std::max(stall_threshold, 0.6 * reference_);
-        n_moved_         = moved ? n_moved_ + 1 : 0;
+        const bool moved =
+            reference_ >= 0.0 && std::fabs(stall - reference_) > std::max(stall_threshold, 0.6 * reference_);
+        n_moved_ = moved ? n_moved_ + 1 : 0;
         if (n_moved_ == 2) {
             hold_      = 0;
             next_hold_ = hold_windows;

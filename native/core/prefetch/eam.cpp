@@ -17,7 +17,7 @@ public:
 
     // p[l'][e] x (1 - (l' - l) / L): a nearer layer is more urgent.
     bool predict(const prefetch_view & view, int distance, float * scores) const override {
-        const int    layer  = view.step->layer + distance;
+        const int layer     = view.step->layer + distance;
         const double urgent = 1.0 - static_cast<double>(distance) / static_cast<double>(shape_.n_layers);
         for (int e = 0; e < shape_.n_expert; ++e) {
             scores[e] = static_cast<float>(library_.predicted(shape_.key(layer, e)) * urgent);
@@ -40,7 +40,7 @@ const param_info params[] = {
 } // namespace
 
 extern const policy_entry<prefetcher> eam_prefetch;
-const policy_entry<prefetcher>        eam_prefetch = {
+const policy_entry<prefetcher> eam_prefetch = {
     "eam",
     "What the most similar past requests used, nearer layers first.",
     "MoE-Infinity, arXiv 2401.14361",

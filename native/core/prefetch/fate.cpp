@@ -25,7 +25,7 @@ public:
         int n_kept[max_layers] = {};
         int n_out              = 0;
         for (int i = 0; i < out.n_items; ++i) { // best first, so the budget keeps the best of each layer
-            const int    layer  = out.items[i].layer;
+            const int layer     = out.items[i].layer;
             const double t_copy = view.costs->t_copy(view.device_of_layer[layer], view.costs->of_layer(layer).bytes);
             if (n_kept[layer] < std::floor(view.layer_us / t_copy)) {
                 ++n_kept[layer];
@@ -48,7 +48,7 @@ const param_info params[] = {
 } // namespace
 
 extern const policy_entry<prefetcher> fate_prefetch;
-const policy_entry<prefetcher>        fate_prefetch = {
+const policy_entry<prefetcher> fate_prefetch = {
     "fate",
     "Look-ahead scores above a percentile, as many as fit in one layer's measured time.",
     "Fate, arXiv 2502.12224",

@@ -30,12 +30,12 @@ public:
 
 private:
     void propose_layer(const prefetch_view & view, int distance, int layer, double weight, proposal_list & out) const {
-        float     scores[max_experts];
+        float scores[max_experts];
         work_item items[max_experts];
         if (!predict(view, distance, scores)) {
             return;
         }
-        const int     n_items = predicted_layer(view, layer, scores, items);
+        const int n_items = predicted_layer(view, layer, scores, items);
         layer_problem problem;
         problem.costs   = view.costs;
         problem.layer   = layer;
@@ -50,10 +50,10 @@ private:
                 out.add_keep(view.shape->key(layer, items[i].expert));
                 continue;
             }
-            double cached_us = base_us;
-            items[i].device  = view.device_of_layer[layer];
-            const status s   = predict_makespan(*view.policy, problem, cached_us);
-            items[i].device  = cpu_device;
+            double cached_us  = base_us;
+            items[i].device   = view.device_of_layer[layer];
+            const status s    = predict_makespan(*view.policy, problem, cached_us);
+            items[i].device   = cpu_device;
             const double gain = weight * (base_us - cached_us);
             if (s.ok() && gain > 0.0) {
                 out.add({layer, items[i].expert, gain, static_cast<double>(scores[items[i].expert])});
@@ -64,10 +64,10 @@ private:
     // The experts that the layer is expected to use: top-k for one token; for a batch those whose expected load is at
     // least half a token.
     static int predicted_layer(const prefetch_view & view, int layer, const float * scores, work_item * items) {
-        int          order[max_experts];
-        const int    n_expert = view.shape->n_expert;
-        const int    n_rows   = view.step->n_rows;
-        double       total    = 0.0;
+        int order[max_experts];
+        const int n_expert = view.shape->n_expert;
+        const int n_rows   = view.step->n_rows;
+        double total       = 0.0;
         for (int e = 0; e < n_expert; ++e) {
             total += static_cast<double>(scores[e]);
         }
@@ -75,13 +75,13 @@ private:
         top_scores(scores, n_expert, n_most, order);
         int n_items = 0;
         for (int k = 0; k < n_most; ++k) {
-            const int    e    = order[k];
+            const int e       = order[k];
             const double load = total > 0.0 ? static_cast<double>(scores[e]) / total * n_rows * view.shape->top_k : 0.0;
             if (n_rows > 1 && k >= view.shape->top_k && load < 0.5) {
                 break;
             }
             const residency at = view.cache->lookup(layer, e);
-            work_item &     w  = items[n_items++];
+            work_item & w      = items[n_items++];
             w                  = work_item();
             w.expert           = e;
             w.n_tokens         = n_rows == 1 ? 1 : std::max(1, static_cast<int>(std::lround(load)));
@@ -102,7 +102,7 @@ const param_info params[] = {
 } // namespace
 
 extern const policy_entry<prefetcher> impact_prefetch;
-const policy_entry<prefetcher>        impact_prefetch = {
+const policy_entry<prefetcher> impact_prefetch = {
     "impact",
     "The predicted experts whose presence shortens the re-planned layer most, up to three layers ahead.",
     "HybriMoE sec. IV-C",

@@ -16,7 +16,7 @@ const param_info params[] = {
 } // namespace
 
 extern const policy_entry<prefetcher> next_layer_prefetch;
-const policy_entry<prefetcher>        next_layer_prefetch = {
+const policy_entry<prefetcher> next_layer_prefetch = {
     "next-layer",
     "The top-k of the look-ahead gate, best score first.",
     "HOBBIT, AdapMoE; HybriMoE's released code",

@@ -12,7 +12,7 @@ public:
 } // namespace
 
 extern const policy_entry<prefetcher> none_prefetch;
-const policy_entry<prefetcher>        none_prefetch = {
+const policy_entry<prefetcher> none_prefetch = {
     "none",
     "No prefetch.",
     "",

@@ -32,13 +32,14 @@ public:
     void observe(const router_step & step) override {
         for (int d = 1; d <= 2; ++d) {
             const row & from = before_[d - 1];
-            if (from.layer >= 0 && from.layer == step.layer - d && from.n_rows == step.n_rows && from.top_k == step.top_k) {
+            if (from.layer >= 0 && from.layer == step.layer - d && from.n_rows == step.n_rows &&
+                from.top_k == step.top_k) {
                 learn(d - 1, from, step);
             }
         }
         std::swap(before_[0], before_[1]);
-        row & now = before_[0];
-        now.layer = step.layer;
+        row & now  = before_[0];
+        now.layer  = step.layer;
         now.n_rows = step.n_rows;
         now.top_k  = step.top_k;
         now.ids.assign(step.ids, step.ids + static_cast<size_t>(step.n_rows) * static_cast<size_t>(step.top_k));
@@ -60,7 +61,7 @@ public:
 
 private:
     struct row {
-        int                  layer = -1, n_rows = 0, top_k = 0;
+        int layer = -1, n_rows = 0, top_k = 0;
         std::vector<int32_t> ids; // [n_rows, top_k]
     };
     static constexpr uint16_t most = 60000;
@@ -68,7 +69,8 @@ private:
     void learn(int table, const row & from, const router_step & step) {
         for (int t = 0; t < step.n_rows; ++t) {
             for (int i = 0; i < step.top_k; ++i) {
-                const auto a = static_cast<size_t>(shape_.key(from.layer, from.ids[static_cast<size_t>(t * step.top_k + i)]));
+                const auto a =
+                    static_cast<size_t>(shape_.key(from.layer, from.ids[static_cast<size_t>(t * step.top_k + i)]));
                 uint16_t * counts = count_[table].data() + a * static_cast<size_t>(shape_.n_expert);
                 if (total_[table][a] >= most) { // ages the whole row
                     total_[table][a] /= 2;
@@ -92,19 +94,19 @@ private:
                 continue;
             }
             const uint16_t * counts = count_[table].data() + a * static_cast<size_t>(shape_.n_expert);
-            const float      share  = weight / (static_cast<float>(total_[table][a]) * static_cast<float>(from.top_k));
+            const float share       = weight / (static_cast<float>(total_[table][a]) * static_cast<float>(from.top_k));
             for (int e = 0; e < shape_.n_expert; ++e) {
                 scores[e] += share * static_cast<float>(counts[e]);
             }
         }
     }
 
-    model_shape           shape_;
-    double                second_;
-    double                n_candidates_;
+    model_shape shape_;
+    double second_;
+    double n_candidates_;
     std::vector<uint16_t> count_[2]; // [n_layers, n_expert, n_expert]
     std::vector<uint16_t> total_[2]; // [n_layers, n_expert]
-    row                   before_[2];
+    row before_[2];
 };
 
 const param_info params[] = {
@@ -117,7 +119,7 @@ const param_info params[] = {
 } // namespace
 
 extern const policy_entry<prefetcher> path_prefetch;
-const policy_entry<prefetcher>        path_prefetch = {
+const policy_entry<prefetcher> path_prefetch = {
     "path",
     "A table of which experts follow the ids of the previous two layers.",
     "EdgeMoE, arXiv 2308.14352",

@@ -9,10 +9,10 @@ namespace hybrimoe {
 class pay_back {
 public:
     struct options {
-        int    min_resolved  = 64;   // prefetches that must have been used or wasted before a verdict
-        int    pause_steps   = 1024; // layer steps without prefetch after a bad verdict
-        int    max_pause     = 65536;
-        double decay         = 0.99; // per resolved prefetch
+        int min_resolved = 64;   // prefetches that must have been used or wasted before a verdict
+        int pause_steps  = 1024; // layer steps without prefetch after a bad verdict
+        int max_pause    = 65536;
+        double decay     = 0.99; // per resolved prefetch
 
         options() {}
     };
@@ -25,19 +25,19 @@ public:
     void on_pushed_out_miss(double cost_us) { cost_us_ += cost_us; }
     void on_step(); // once per layer
 
-    bool    enabled() const { return enabled_; }
+    bool enabled() const { return enabled_; }
     int64_t n_switches() const { return n_switches_; }
 
 private:
     void resolve(double saved_us, double cost_us);
 
     options options_;
-    bool    enabled_    = true;
-    int     n_resolved_ = 0;
-    int     pause_      = options().pause_steps;
-    int     left_       = 0;
+    bool enabled_       = true;
+    int n_resolved_     = 0;
+    int pause_          = options().pause_steps;
+    int left_           = 0;
     int64_t n_switches_ = 0;
-    double  saved_us_ = 0.0, cost_us_ = 0.0;
+    double saved_us_ = 0.0, cost_us_ = 0.0;
 };
 
 } // namespace hybrimoe

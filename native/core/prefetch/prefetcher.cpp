@@ -58,8 +58,8 @@ bool prefetcher::predict(const prefetch_view & view, int distance, float * score
 }
 
 void prefetcher::propose(const prefetch_view & view, proposal_list & out) const {
-    float     scores[max_experts];
-    int       order[max_experts];
+    float scores[max_experts];
+    int order[max_experts];
     const int n_expert = view.shape->n_expert;
     const int n_best   = std::min(n_expert, n_candidates(view));
     for (int distance = 1; distance <= view.horizon; ++distance) {
@@ -74,7 +74,7 @@ void prefetcher::propose(const prefetch_view & view, proposal_list & out) const 
         const double saved = saving_us(*view.costs, layer, device);
         top_scores(scores, n_expert, n_best, order);
         for (int k = 0; k < n_best; ++k) {
-            const int    e     = order[k];
+            const int e        = order[k];
             const double score = static_cast<double>(scores[e]);
             if (view.cache->lookup(layer, e).state != slot_state::absent) {
                 out.add_keep(view.shape->key(layer, e));

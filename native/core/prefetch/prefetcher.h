@@ -9,22 +9,22 @@ namespace hybrimoe {
 
 // What a prefetcher may look at, at the end of planning one layer.
 struct prefetch_view {
-    const model_shape *  shape  = nullptr;
-    const cost_model *   costs  = nullptr;
-    const expert_cache * cache  = nullptr;
-    const scheduler *    policy = nullptr; // for impact: the planner that will plan the coming layers
-    const router_step *  step   = nullptr; // the layer just routed
+    const model_shape * shape  = nullptr;
+    const cost_model * costs   = nullptr;
+    const expert_cache * cache = nullptr;
+    const scheduler * policy   = nullptr; // for impact: the planner that will plan the coming layers
+    const router_step * step   = nullptr; // the layer just routed
     // lookahead[d - 1]: router scores of layer + d from this layer's gate input, summed over the step's tokens,
     // [n_expert]; null where the caller has none.
     const float * lookahead[max_lookahead]{};
-    int           horizon  = 1;   // layers ahead
-    double        layer_us = 0.0; // measured time from one MoE layer to the next; 0: not known yet
-    const int *   device_of_layer = nullptr; // [n_layers] where a prefetch would go; cpu_device: no slots
+    int horizon                 = 1;       // layers ahead
+    double layer_us             = 0.0;     // measured time from one MoE layer to the next; 0: not known yet
+    const int * device_of_layer = nullptr; // [n_layers] where a prefetch would go; cpu_device: no slots
 };
 
 struct proposal {
-    int    layer      = 0;
-    int    expert     = 0;
+    int layer         = 0;
+    int expert        = 0;
     double gain_us    = 0.0;
     double confidence = 0.0; // breaks ties of gain
 };
@@ -34,9 +34,9 @@ struct proposal_list {
     static constexpr int capacity = 512;
 
     proposal items[capacity];
-    int      n_items = 0;
-    int      keep[capacity]; // keys that are predicted and present: not to be evicted for others
-    int      n_keep = 0;
+    int n_items = 0;
+    int keep[capacity]; // keys that are predicted and present: not to be evicted for others
+    int n_keep = 0;
 
     void clear() { n_items = n_keep = 0; }
     void add(const proposal & p);
@@ -52,8 +52,8 @@ public:
     // Scores of the experts of layer `step->layer + distance`, larger is likelier; false: no prediction. The default
     // takes the caller's look-ahead.
     virtual bool predict(const prefetch_view & view, int distance, float * scores) const;
-    // The default proposes, for every layer up to the horizon, the absent ones among its n_candidates best experts; gain =
-    // score x time saved by having the expert cached.
+    // The default proposes, for every layer up to the horizon, the absent ones among its n_candidates best experts;
+    // gain = score x time saved by having the expert cached.
     virtual void propose(const prefetch_view & view, proposal_list & out) const;
 
     virtual void reset() {}
@@ -63,11 +63,11 @@ public:
     virtual int max_horizon() const { return max_lookahead; }
     virtual int n_candidates(const prefetch_view & view) const { return view.shape->top_k; }
 
-    int  horizon() const { return horizon_; } // where an adaptive horizon starts
+    int horizon() const { return horizon_; } // where an adaptive horizon starts
     bool adaptive() const { return adaptive_; }
 
 private:
-    int  horizon_;
+    int horizon_;
     bool adaptive_;
 };
 

@@ -10,13 +10,15 @@ status check_trace(const replay_trace & t) {
         return status::fail(error_code::invalid_argument, "the trace is empty or has %lld tokens",
                             static_cast<long long>(t.n_tokens));
     }
-    if (t.n_prompts < 1 || !t.prompt_offsets || t.prompt_offsets[0] != 0 || t.prompt_offsets[t.n_prompts] != t.n_tokens) {
+    if (t.n_prompts < 1 || !t.prompt_offsets || t.prompt_offsets[0] != 0 ||
+        t.prompt_offsets[t.n_prompts] != t.n_tokens) {
         return status::fail(error_code::invalid_argument, "prompt offsets must run from 0 to the %lld tokens",
                             static_cast<long long>(t.n_tokens));
     }
     for (int64_t p = 0; p < t.n_prompts; ++p) {
         if (t.prompt_offsets[p + 1] < t.prompt_offsets[p]) {
-            return status::fail(error_code::invalid_argument, "prompt offset %lld falls", static_cast<long long>(p + 1));
+            return status::fail(error_code::invalid_argument, "prompt offset %lld falls",
+                                static_cast<long long>(p + 1));
         }
     }
     const int32_t * ids = t.experts;
@@ -44,14 +46,15 @@ void start(const replay_options & options, expert_cache & cache, admission_polic
         return;
     }
     const model_shape & s = cache.shape();
-    load_result         ignored;
+    load_result ignored;
     for (int layer = 0; layer < s.n_layers; ++layer) {
         int device = 0, left = cache.n_devices() > 0 ? cache.n_slots(layer, 0) : 0;
         for (int e = 0; e < s.n_expert; ++e) {
             while (left == 0 && device + 1 < cache.n_devices()) {
                 left = cache.n_slots(layer, ++device);
             }
-            if (left > 0 && options.resident[s.key(layer, e)] && cache.begin_load(layer, e, device, false, ignored).ok()) {
+            if (left > 0 && options.resident[s.key(layer, e)] &&
+                cache.begin_load(layer, e, device, false, ignored).ok()) {
                 cache.complete_load(layer, e);
                 --left;
             }
@@ -67,7 +70,7 @@ public:
     }
 
     status run_layer(int64_t token, int layer) {
-        const auto      at  = static_cast<size_t>(token) * static_cast<size_t>(s_.n_layers) + static_cast<size_t>(layer);
+        const auto at = static_cast<size_t>(token) * static_cast<size_t>(s_.n_layers) + static_cast<size_t>(layer);
         const int32_t * ids = trace_.experts + at * static_cast<size_t>(s_.top_k);
         if (ids[0] < 0) {
             return {};
@@ -124,11 +127,11 @@ private:
     }
 
     const replay_trace & trace_;
-    const model_shape &  s_;
-    expert_cache &       cache_;
-    admission_policy &   admission_;
-    replay_result &      out_;
-    int32_t              ones_[max_experts];
+    const model_shape & s_;
+    expert_cache & cache_;
+    admission_policy & admission_;
+    replay_result & out_;
+    int32_t ones_[max_experts];
 };
 
 } // namespace

@@ -8,7 +8,8 @@ namespace {
 
 class clock_run {
 public:
-    clock_run(const replay_trace & trace, const clock_options & options, runtime & rt) : t_(trace), o_(options), rt_(rt) {}
+    clock_run(const replay_trace & trace, const clock_options & options, runtime & rt)
+        : t_(trace), o_(options), rt_(rt) {}
 
     double now_us() const { return now_us_; }
 
@@ -37,7 +38,8 @@ private:
         for (;;) {
             const transfer * next = nullptr;
             for (const transfer & f : rt_.in_flight()) {
-                if (f.end_us <= now_us_ && (!next || f.end_us < next->end_us || (f.end_us == next->end_us && f.id < next->id))) {
+                if (f.end_us <= now_us_ &&
+                    (!next || f.end_us < next->end_us || (f.end_us == next->end_us && f.id < next->id))) {
                     next = &f;
                 }
             }
@@ -54,11 +56,11 @@ private:
         ids_.clear();
         weights_.clear();
         scores_.clear();
-        event.layer  = layer;
-        event.top_k  = s.top_k;
-        event.n_rows = 0;
-        const auto n_expert  = static_cast<size_t>(s.n_expert);
-        const auto n_look    = static_cast<size_t>(max_lookahead) * n_expert;
+        event.layer         = layer;
+        event.top_k         = s.top_k;
+        event.n_rows        = 0;
+        const auto n_expert = static_cast<size_t>(s.n_expert);
+        const auto n_look   = static_cast<size_t>(max_lookahead) * n_expert;
         if (o_.lookahead) {
             lookahead_.assign(n_look, 0.0F);
         }
@@ -110,12 +112,12 @@ private:
         }
     }
 
-    const replay_trace &  t_;
+    const replay_trace & t_;
     const clock_options & o_;
-    runtime &             rt_;
-    double                now_us_ = 0.0;
-    std::vector<int32_t>  ids_;
-    std::vector<float>    weights_, scores_, lookahead_;
+    runtime & rt_;
+    double now_us_ = 0.0;
+    std::vector<int32_t> ids_;
+    std::vector<float> weights_, scores_, lookahead_;
 };
 
 } // namespace
@@ -135,7 +137,7 @@ status replay_clock(const replay_trace & trace, const clock_options & options, r
     }
     out = clock_result();
     clock_run run(trace, options, rt);
-    int64_t   prompt = 1;
+    int64_t prompt = 1;
     for (int64_t step = 0; step < options.n_steps; ++step) {
         while (prompt < trace.n_prompts && trace.prompt_offsets[prompt] <= options.step_offsets[step]) {
             rt.begin_prompt();
@@ -143,7 +145,7 @@ status replay_clock(const replay_trace & trace, const clock_options & options, r
         }
         for (int layer = 0; layer < trace.shape.n_layers; ++layer) {
             clock_layer record;
-            bool        ran = false;
+            bool ran = false;
             HYBRIMOE_TRY(run.layer(step, layer, record, ran));
             if (!ran) {
                 continue;

@@ -19,11 +19,11 @@ status replay_recall(const replay_trace & t, prefetcher & policy, int distance, 
         }
     }
     std::vector<int32_t> ones(static_cast<size_t>(s.top_k), 1);
-    std::vector<float>   scores(static_cast<size_t>(s.n_expert));
-    std::vector<int>     order(static_cast<size_t>(s.n_expert));
+    std::vector<float> scores(static_cast<size_t>(s.n_expert));
+    std::vector<int> order(static_cast<size_t>(s.n_expert));
     std::vector<int64_t> found(static_cast<size_t>(n), 0);
-    int64_t              n_asked = 0;
-    int64_t              prompt  = 1;
+    int64_t n_asked = 0;
+    int64_t prompt  = 1;
     for (int64_t token = 0; token < t.n_tokens; ++token) {
         while (prompt < t.n_prompts && t.prompt_offsets[prompt] <= token) {
             policy.on_prompt();
@@ -31,7 +31,9 @@ status replay_recall(const replay_trace & t, prefetcher & policy, int distance, 
         }
         for (int layer = 0; layer < s.n_layers; ++layer) {
             const auto ids_of = [&](int l) {
-                return t.experts + (static_cast<size_t>(token) * static_cast<size_t>(s.n_layers) + static_cast<size_t>(l)) * static_cast<size_t>(s.top_k);
+                return t.experts +
+                       (static_cast<size_t>(token) * static_cast<size_t>(s.n_layers) + static_cast<size_t>(l)) *
+                           static_cast<size_t>(s.top_k);
             };
             if (ids_of(layer)[0] < 0) {
                 continue;

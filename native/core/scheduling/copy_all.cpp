@@ -4,7 +4,9 @@
 
 namespace hybrimoe {
 
-double card_loads::end(int d) const { return std::max(resident_us[d] + queued_us[d], chain_us[d]); }
+double card_loads::end(int d) const {
+    return std::max(resident_us[d] + queued_us[d], chain_us[d]);
+}
 
 double card_loads::end_with(const priced_problem & p, int d, int i) const {
     const double g = p.gpu_us[d][i];
@@ -19,7 +21,7 @@ void card_loads::take(const priced_problem & p, int d, int i) {
 }
 
 int card_loads::first_to_finish(const priced_problem & p, int i) const {
-    int    best     = cpu_device;
+    int best        = cpu_device;
     double best_end = 0.0;
     for (int d = 0; d < p.n_devices; ++d) {
         if (copies_left[d] <= 0) {

@@ -13,11 +13,11 @@ struct card_loads {
     double queued_us[max_devices];   // work that arrives by copy
     double arrival_us[max_devices];  // end of the last copy handed out
     double chain_us[max_devices];    // end of the arriving work if the card were otherwise idle
-    int    copies_left[max_devices];
+    int copies_left[max_devices];
 
     // Where the card would end if it took one more miss.
     double end_with(const priced_problem & p, int d, int i) const;
-    void   take(const priced_problem & p, int d, int i);
+    void take(const priced_problem & p, int d, int i);
     double end(int d) const;
     // The card that would finish the miss first, or cpu_device if none may take a copy.
     int first_to_finish(const priced_problem & p, int i) const;

@@ -16,14 +16,16 @@ public:
 } // namespace
 
 extern const policy_entry<scheduler> cpu_only_scheduler;
-const policy_entry<scheduler>        cpu_only_scheduler = {
+const policy_entry<scheduler> cpu_only_scheduler = {
     "cpu-only",
     "The CPU runs every miss, the accelerators every hit; nothing is copied on demand.",
     "Fiddler, kTransformers",
     {},
     nullptr,
     0,
-    [](const model_shape &, const param_values &) -> std::unique_ptr<scheduler> { return std::make_unique<cpu_only>(); },
+    [](const model_shape &, const param_values &) -> std::unique_ptr<scheduler> {
+        return std::make_unique<cpu_only>();
+    },
 };
 
 } // namespace hybrimoe

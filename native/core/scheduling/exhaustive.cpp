@@ -21,7 +21,7 @@ public:
             }
         }
         assignment trial;
-        int        digit[max_experts] = {};
+        int digit[max_experts] = {};
         for (int i = 0; i < p.n_items; ++i) {
             trial[i] = cpu_device;
         }
@@ -55,7 +55,8 @@ private:
     static bool within_slots(const priced_problem & p, const assignment & device_of) {
         int n_copies[max_devices] = {};
         for (int i = 0; i < p.n_items; ++i) {
-            if (p.is_miss(i) && device_of[i] != cpu_device && ++n_copies[device_of[i]] > p.problem->max_copies[device_of[i]]) {
+            if (p.is_miss(i) && device_of[i] != cpu_device &&
+                ++n_copies[device_of[i]] > p.problem->max_copies[device_of[i]]) {
                 return false;
             }
         }
@@ -66,14 +67,16 @@ private:
 } // namespace
 
 extern const policy_entry<scheduler> exhaustive_scheduler;
-const policy_entry<scheduler>        exhaustive_scheduler = {
+const policy_entry<scheduler> exhaustive_scheduler = {
     "exhaustive",
     "Every assignment is tried: the optimum under the cost model, for tests and small layers only.",
     "",
     {false, true, false},
     nullptr,
     0,
-    [](const model_shape &, const param_values &) -> std::unique_ptr<scheduler> { return std::make_unique<exhaustive>(); },
+    [](const model_shape &, const param_values &) -> std::unique_ptr<scheduler> {
+        return std::make_unique<exhaustive>();
+    },
 };
 
 } // namespace hybrimoe

@@ -15,14 +15,16 @@ public:
 } // namespace
 
 extern const policy_entry<scheduler> hybrimoe_scheduler;
-const policy_entry<scheduler>        hybrimoe_scheduler = {
+const policy_entry<scheduler> hybrimoe_scheduler = {
     "hybrimoe",
     "The paper's greedy: three timelines, the operation that completes first is committed.",
     "HybriMoE sec. IV-B",
     {},
     nullptr,
     0,
-    [](const model_shape &, const param_values &) -> std::unique_ptr<scheduler> { return std::make_unique<paper_rule>(); },
+    [](const model_shape &, const param_values &) -> std::unique_ptr<scheduler> {
+        return std::make_unique<paper_rule>();
+    },
 };
 
 } // namespace hybrimoe

@@ -1,5 +1,7 @@
 #include "one_card.h"
 
+#include "single_moves.h"
+
 #include <algorithm>
 
 namespace hybrimoe {
@@ -9,9 +11,9 @@ namespace {
 struct choice {
     double makespan_us  = 0.0;
     double secondary_us = 0.0; // end of all work that waits for no copy
-    int    n_copied     = 0;   // u
-    int    n_handed     = 0;   // v
-    int    n_dropped    = 0;   // w: expected copies that the CPU does not wait for
+    int n_copied        = 0;   // u
+    int n_handed        = 0;   // v
+    int n_dropped       = 0;   // w: expected copies that the CPU does not wait for
 };
 
 // For a fixed w, the CPU's time falls in u and grows in v, the card's grows in u and falls in v. So for each u the best
@@ -53,9 +55,10 @@ public:
     }
 
     choice best() {
-        choice    out;
+        choice out;
         const int n = p_.n_loading;
-        // Loading experts whose copies come last are the ones worth computing on the CPU. There is rarely more than one.
+        // Loading experts whose copies come last are the ones worth computing on the CPU. There is rarely more than
+        // one.
         for (int w = 0; w <= n; w = w < 4 || w == n ? w + 1 : n) {
             drop(w);
             const choice c = sweep();
@@ -86,8 +89,8 @@ private:
     // Chain of arriving work after the loading experts that stay on the card.
     void drop(int w) {
         dropped_us_ = chain0_ = queued0_ = 0.0;
-        n_dropped_  = w;
-        n_waiting_  = p_.n_loading - w;
+        n_dropped_                       = w;
+        n_waiting_                       = p_.n_loading - w;
         for (int k = 0; k < p_.n_loading; ++k) {
             const int i = p_.loading[k];
             if (k < n_waiting_) {
@@ -101,7 +104,7 @@ private:
 
     double cpu_us(int u, int v) const {
         const int n_cpu = n_fixed_ + n_dropped_ + (n_misses_ - u) + v;
-        double    us    = p_.problem->cpu_ready_us;
+        double us       = p_.problem->cpu_ready_us;
         if (n_cpu > 0) {
             us += p_.cpu_step_us + p_.cpu_first_us + fixed_us_ + dropped_us_ + miss_cpu_[u] + hit_cpu_[v];
         }
@@ -121,11 +124,11 @@ private:
 
     choice sweep() {
         choice out;
-        bool   first = true;
-        int    v     = 0;
+        bool first        = true;
+        int v             = 0;
         double arrival_us = p_.n_devices > 0 ? p_.link_ready_us[0] : 0.0;
-        chain_us_  = chain0_;
-        queued_us_ = queued0_;
+        chain_us_         = chain0_;
+        queued_us_        = queued0_;
         for (int u = 0;; ++u) {
             while (v < n_hits_ && cpu_us(u, v) < gpu_us(u, v)) {
                 ++v;
@@ -134,8 +137,8 @@ private:
             const double before = v > 0 ? std::max(cpu_us(u, v - 1), gpu_us(u, v - 1)) : here;
             const double us     = std::min(here, before);
             if (first || clearly_less(us, out.makespan_us)) {
-                out             = choose_handed(u, us);
-                first           = false;
+                out   = choose_handed(u, us);
+                first = false;
             }
             if (u == n_copies_max_) {
                 return out;
@@ -171,10 +174,10 @@ private:
     }
 
     const priced_problem & p_;
-    int                    misses_[max_experts]; // that may be copied, heaviest first
-    int                    hits_[max_experts];   // lightest first
-    double                 miss_cpu_[max_experts + 1], hit_cpu_[max_experts + 1], hit_gpu_[max_experts + 1];
-    int                    n_misses_ = 0, n_hits_ = 0, n_fixed_ = 0, n_copies_max_ = 0, n_dropped_ = 0, n_waiting_ = 0;
+    int misses_[max_experts]; // that may be copied, heaviest first
+    int hits_[max_experts];   // lightest first
+    double miss_cpu_[max_experts + 1], hit_cpu_[max_experts + 1], hit_gpu_[max_experts + 1];
+    int n_misses_ = 0, n_hits_ = 0, n_fixed_ = 0, n_copies_max_ = 0, n_dropped_ = 0, n_waiting_ = 0;
     double fixed_us_ = 0.0, dropped_us_ = 0.0, chain0_ = 0.0, queued0_ = 0.0, chain_us_ = 0.0, queued_us_ = 0.0;
 };
 
@@ -182,7 +185,13 @@ private:
 
 void assign_one_card(const priced_problem & p, assignment & device_of) {
     search s(p);
-    s.write(s.best(), device_of);
+    const choice best = s.best();
+    s.write(best, device_of);
+    // Equal loads (decode of one token) are solved exactly by thresholds.
+    const bool equal = p.items[p.order[0]].n_tokens == p.items[p.order[p.n_items - 1]].n_tokens;
+    if (!equal && p.n_devices > 0) {
+        move_singles(p, best.makespan_us, device_of);
+    }
 }
 
 } // namespace hybrimoe

@@ -10,6 +10,8 @@ void assign_one_card(const priced_problem & p, assignment & device_of);
 // Two makespans closer than this share count as equal: sums in another order must not decide a plan.
 constexpr double equal_share = 1e-9;
 
-inline bool clearly_less(double a, double b) { return a < b - equal_share * b; }
+inline bool clearly_less(double a, double b) {
+    return a < b - equal_share * b;
+}
 
 } // namespace hybrimoe

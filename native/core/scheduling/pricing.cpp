@@ -7,14 +7,17 @@ namespace hybrimoe {
 
 namespace {
 
-bool is_time(double us) { return std::isfinite(us) && us >= 0.0; }
+bool is_time(double us) {
+    return std::isfinite(us) && us >= 0.0;
+}
 
 status check(const layer_problem & p) {
     if (!p.costs) {
         return status::fail(error_code::missing_cost, "no cost model");
     }
     if (p.layer < 0 || p.layer >= p.costs->n_layers()) {
-        return status::fail(error_code::invalid_argument, "layer %d is outside 0..%d", p.layer, p.costs->n_layers() - 1);
+        return status::fail(error_code::invalid_argument, "layer %d is outside 0..%d", p.layer,
+                            p.costs->n_layers() - 1);
     }
     if (p.n_items < 1 || p.n_items > max_experts || !p.items) {
         return status::fail(error_code::invalid_argument, "%d active experts, must be 1..%d", p.n_items, max_experts);
@@ -52,9 +55,9 @@ status check(const layer_problem & p) {
 // Timeline of one card; `visit(item, start, end)` sees its experts in order. Returns the card's end.
 template <class visitor>
 double run_card(const priced_problem & p, const assignment & device_of, int d, double link_us, visitor visit) {
-    double now  = p.problem->gpu_ready_us[d];
-    bool   used = false;
-    auto   run  = [&](int i, double arrival_us) {
+    double now = p.problem->gpu_ready_us[d];
+    bool used  = false;
+    auto run   = [&](int i, double arrival_us) {
         if (!used) {
             now += p.gpu_step_us[d];
             used = true;
@@ -89,8 +92,8 @@ double run_card(const priced_problem & p, const assignment & device_of, int d, d
 
 status price(const layer_problem & problem, priced_problem & p) {
     HYBRIMOE_TRY(check(problem));
-    const cost_model &  costs = *problem.costs;
-    const layer_class & cls   = costs.of_layer(problem.layer);
+    const cost_model & costs = *problem.costs;
+    const layer_class & cls  = costs.of_layer(problem.layer);
 
     p.problem      = &problem;
     p.items        = problem.items;
@@ -128,7 +131,7 @@ status price(const layer_problem & problem, priced_problem & p) {
             }
         }
         if (item.loading) {
-            p.loading[p.n_loading++]       = i;
+            p.loading[p.n_loading++]     = i;
             p.link_ready_us[item.device] = std::max(p.link_ready_us[item.device], item.ready_us);
         }
     }
@@ -147,9 +150,9 @@ status price(const layer_problem & problem, priced_problem & p) {
 }
 
 double makespan(const priced_problem & p, const assignment & device_of) {
-    double cpu_us  = 0.0;
-    int    n_reads = 0;
-    bool   any_cpu = false;
+    double cpu_us = 0.0;
+    int n_reads   = 0;
+    bool any_cpu  = false;
     for (int i = 0; i < p.n_items; ++i) {
         if (device_of[i] == cpu_device) {
             cpu_us += p.cpu_us[i];
@@ -175,8 +178,8 @@ void build_plan(const priced_problem & p, const assignment & device_of, layer_pl
     out.cpu_bytes = out.copy_bytes = 0.0;
 
     // CPU: misses before hits that it takes over, lightest first (HybriMoE sec. IV-B).
-    double now  = p.problem->cpu_ready_us;
-    bool   used = false;
+    double now = p.problem->cpu_ready_us;
+    bool used  = false;
     for (int pass = 0; pass < 2; ++pass) {
         for (int k = p.n_items - 1; k >= 0; --k) {
             const int i = p.order[k];
@@ -202,8 +205,8 @@ void build_plan(const priced_problem & p, const assignment & device_of, layer_pl
         out.gpu_end_us[d] = out.link_end_us[d] = 0.0;
     }
     for (int d = 0; d < p.n_devices; ++d) {
-        double link_us    = p.link_ready_us[d];
-        out.gpu_end_us[d] = run_card(p, device_of, d, link_us, [&](int i, double start, double end) {
+        double link_us     = p.link_ready_us[d];
+        out.gpu_end_us[d]  = run_card(p, device_of, d, link_us, [&](int i, double start, double end) {
             placement & at = out.placements[static_cast<size_t>(i)];
             at.start_us    = start;
             at.end_us      = end;

@@ -1,5 +1,5 @@
-// The cost model applied to one layer: per-item prices, the makespan of an assignment, and its timeline. Every scheduler
-// is judged by these same functions, so "never worse than X" holds under one model.
+// The cost model applied to one layer: per-item prices, the makespan of an assignment, and its timeline. Every
+// scheduler is judged by these same functions, so "never worse than X" holds under one model.
 #pragma once
 
 #include "problem.h"
@@ -11,13 +11,13 @@ using assignment = int8_t[max_experts];
 
 struct priced_problem {
     const layer_problem * problem;
-    const work_item *     items;
-    int                   n_items;
-    int                   n_devices;
+    const work_item * items;
+    int n_items;
+    int n_devices;
 
-    int    order[max_experts]; // item indices, heaviest load first
-    int    n_loading;
-    int    loading[max_experts]; // loading items, earliest copy first
+    int order[max_experts]; // item indices, heaviest load first
+    int n_loading;
+    int loading[max_experts]; // loading items, earliest copy first
     double cpu_us[max_experts];
     double gpu_us[max_devices][max_experts];
 
@@ -37,8 +37,8 @@ struct priced_problem {
 status price(const layer_problem & problem, priced_problem & out);
 
 // Time to finish the layer: the CPU works through its experts; each card runs hits first, then experts in the order in
-// which their copies end; each link copies heaviest loads first (Johnson's rule for equal copy times); and CPU reads and
-// copies together are bound by the DRAM ceiling.
+// which their copies end; each link copies heaviest loads first (Johnson's rule for equal copy times); and CPU reads
+// and copies together are bound by the DRAM ceiling.
 double makespan(const priced_problem & priced, const assignment & device_of);
 
 // The same with start and end of everything.

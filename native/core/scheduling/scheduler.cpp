@@ -18,7 +18,7 @@ const policy_table<scheduler> & schedulers() {
 
 status plan_layer(const scheduler & policy, const layer_problem & problem, layer_plan & out) {
     priced_problem priced;
-    assignment     device_of;
+    assignment device_of;
     HYBRIMOE_TRY(price(problem, priced));
     HYBRIMOE_TRY(policy.assign(priced, device_of));
     build_plan(priced, device_of, out);
@@ -27,7 +27,7 @@ status plan_layer(const scheduler & policy, const layer_problem & problem, layer
 
 status predict_makespan(const scheduler & policy, const layer_problem & problem, double & out_us) {
     priced_problem priced;
-    assignment     device_of;
+    assignment device_of;
     HYBRIMOE_TRY(price(problem, priced));
     HYBRIMOE_TRY(policy.assign(priced, device_of));
     out_us = makespan(priced, device_of);

@@ -2,6 +2,7 @@
 
 #include "copy_all.h"
 #include "one_card.h"
+#include "single_moves.h"
 
 #include <algorithm>
 
@@ -21,7 +22,7 @@ public:
         for (int k = p.n_items - 1; k >= 0; --k) {
             const int i = p.order[k];
             if (!p.is_miss(i)) { // loading experts are handed over like hits
-                const int d               = p.items[i].device;
+                const int d            = p.items[i].device;
                 hits_[d][n_hits_[d]++] = static_cast<int16_t>(i);
             }
         }
@@ -58,8 +59,8 @@ private:
 
     // Narrows one coordinate: few values are all tried, many are sampled ever more finely around the best one.
     bool improve(int & coordinate, int max_value, assignment & best, double & best_us) {
-        int        at     = coordinate;
-        const int  start  = at;
+        int at          = coordinate;
+        const int start = at;
         assignment trial;
         for (int step = std::max(1, max_value / 8); step > 0; step = step == 1 ? 0 : std::max(1, step / 4)) {
             const int centre = at;
@@ -110,62 +111,21 @@ private:
     }
 
     const priced_problem & p_;
-    int16_t                hits_[max_devices][max_experts]; // lightest first
-    int                    n_hits_[max_devices];
-    int                    n_misses_;
-    int                    u_ = 0;
-    int                    v_[max_devices];
+    int16_t hits_[max_devices][max_experts]; // lightest first
+    int n_hits_[max_devices];
+    int n_misses_;
+    int u_ = 0;
+    int v_[max_devices];
 };
-
-// Moves single experts while that helps: repairs a heavy hit on a slow card, which no threshold reaches. Small layers only,
-// since each trial costs O(n).
-void move_singles(const priced_problem & p, double us, assignment & device_of) {
-    constexpr int max_items = 64;
-    int           n_copies[max_devices] = {};
-    for (int i = 0; i < p.n_items; ++i) {
-        if (p.is_miss(i) && device_of[i] != cpu_device) {
-            ++n_copies[device_of[i]];
-        }
-    }
-    bool better = p.n_items <= max_items;
-    for (int round = 0; better && round < 2; ++round) {
-        better = false;
-        for (int i = 0; i < p.n_items; ++i) {
-            const bool miss  = p.is_miss(i);
-            const int  first = miss && p.items[i].may_copy ? 0 : p.items[i].device;
-            const int  last  = miss && p.items[i].may_copy ? p.n_devices - 1 : p.items[i].device;
-            for (int to = cpu_device; to <= last; to = to == cpu_device ? std::max(0, first) : to + 1) {
-                const int8_t from = device_of[i];
-                if (to == from || (miss && to != cpu_device && n_copies[to] >= p.problem->max_copies[to])) {
-                    continue;
-                }
-                device_of[i]       = static_cast<int8_t>(to);
-                const double moved = makespan(p, device_of);
-                if (!clearly_less(moved, us)) {
-                    device_of[i] = from;
-                    continue;
-                }
-                us     = moved;
-                better = true;
-                if (miss && from != cpu_device) {
-                    --n_copies[from];
-                }
-                if (miss && to != cpu_device) {
-                    ++n_copies[to];
-                }
-            }
-        }
-    }
-}
 
 } // namespace
 
 void assign_several_cards(const priced_problem & p, assignment & device_of) {
-    descent    search(p);
-    double     us = search.run(0, device_of);
+    descent search(p);
+    double us = search.run(0, device_of);
     assignment trial;
-    const int  m    = search.n_misses();
-    const int  step = m <= 12 ? 1 : (m + 1) / 2; // every u in decode, three starts in prefill
+    const int m    = search.n_misses();
+    const int step = m <= 12 ? 1 : (m + 1) / 2; // every u in decode, three starts in prefill
     for (int u = step; u < m + step; u += step) {
         const double trial_us = search.run(std::min(u, m), trial);
         if (clearly_less(trial_us, us)) {

@@ -24,13 +24,14 @@ private:
 };
 
 const param_info params[] = {
-    {"n_cpu_layers", max_layers, 0, max_layers, true, "the first so many MoE layers run on the CPU, the others on the accelerator"},
+    {"n_cpu_layers", max_layers, 0, max_layers, true,
+     "the first so many MoE layers run on the CPU, the others on the accelerator"},
 };
 
 } // namespace
 
 extern const policy_entry<scheduler> static_layers_scheduler;
-const policy_entry<scheduler>        static_layers_scheduler = {
+const policy_entry<scheduler> static_layers_scheduler = {
     "static",
     "Whole layers are placed once: the first n on the CPU, the rest on the accelerator.",
     "llama.cpp --n-cpu-moe",

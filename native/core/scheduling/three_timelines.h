@@ -14,14 +14,14 @@ class three_timelines {
 public:
     three_timelines(const priced_problem & p, assignment & device_of) : p_(p), device_of_(device_of) {
         for (int k = 0; k < p.n_items; ++k) {
-            const int i = p.order[k];
-            done_[i]    = false;
+            const int i  = p.order[k];
+            done_[i]     = false;
             device_of[i] = cpu_device;
             if (p.is_miss(i)) {
                 misses_[n_misses_++] = i; // heaviest first: the link takes from the front, the CPU from the back
             } else {
-                arrival_[i]    = p.items[i].loading ? p.items[i].ready_us : 0.0;
-                card_of_[i]    = p.items[i].device;
+                arrival_[i]        = p.items[i].loading ? p.items[i].ready_us : 0.0;
+                card_of_[i]        = p.items[i].device;
                 queue_[n_queue_++] = i;
             }
         }
@@ -47,10 +47,10 @@ public:
 private:
     enum class kind { none, copy, cpu_miss, cpu_waiting, gpu };
     struct operation {
-        kind   what   = kind::none;
+        kind what     = kind::none;
         double end_us = 0.0;
-        int    item   = 0;
-        int    device = cpu_device;
+        int item      = 0;
+        int device    = cpu_device;
     };
 
     static void offer(operation & best, const operation & next) {
@@ -131,10 +131,17 @@ private:
             queue_[k] = i;
             return 0;
         }
-        case kind::cpu_miss: --last_miss_; [[fallthrough]];
-        case kind::cpu_waiting: cpu_us_ = op.end_us; break;
-        case kind::gpu: gpu_us_[op.device] = op.end_us; break;
-        case kind::none: break;
+        case kind::cpu_miss:
+            --last_miss_;
+            [[fallthrough]];
+        case kind::cpu_waiting:
+            cpu_us_ = op.end_us;
+            break;
+        case kind::gpu:
+            gpu_us_[op.device] = op.end_us;
+            break;
+        case kind::none:
+            break;
         }
         done_[op.item]      = true;
         device_of_[op.item] = static_cast<int8_t>(op.device);
@@ -142,17 +149,17 @@ private:
     }
 
     const priced_problem & p_;
-    assignment &           device_of_;
-    int                    misses_[max_experts];
-    int                    queue_[max_experts]; // heaviest first
-    int                    card_of_[max_experts];
-    double                 arrival_[max_experts];
-    bool                   done_[max_experts];
-    int                    n_misses_ = 0, first_miss_ = 0, last_miss_ = 0, n_queue_ = 0;
-    double                 cpu_us_;
-    double                 gpu_us_[max_devices];
-    double                 link_us_[max_devices];
-    int                    n_copies_[max_devices];
+    assignment & device_of_;
+    int misses_[max_experts];
+    int queue_[max_experts]; // heaviest first
+    int card_of_[max_experts];
+    double arrival_[max_experts];
+    bool done_[max_experts];
+    int n_misses_ = 0, first_miss_ = 0, last_miss_ = 0, n_queue_ = 0;
+    double cpu_us_;
+    double gpu_us_[max_devices];
+    double link_us_[max_devices];
+    int n_copies_[max_devices];
 };
 
 } // namespace hybrimoe

@@ -5,8 +5,9 @@
 namespace hybrimoe {
 namespace {
 
-// Copy the u heaviest misses, hand the v lightest hits to the CPU, and take the best of all (u, v). Exact where all loads
-// are equal (decode of one token); within a few percent of the optimum otherwise (docs/policies.md).
+// Copy the u heaviest misses, hand the v lightest hits to the CPU, and take the best of all (u, v): exact where all
+// loads are equal (decode of one token). With other loads single experts are then moved while that helps
+// (docs/policies.md).
 class two_threshold final : public scheduler {
 public:
     status assign(const priced_problem & p, assignment & device_of) const override {
@@ -22,7 +23,7 @@ public:
 } // namespace
 
 extern const policy_entry<scheduler> two_threshold_scheduler;
-const policy_entry<scheduler>        two_threshold_scheduler = {
+const policy_entry<scheduler> two_threshold_scheduler = {
     "two-threshold",
     "Copies the u heaviest misses and hands the v lightest hits to the CPU: the best of all (u, v).",
     "this project; objective of HybriMoE sec. IV-B",

@@ -15,22 +15,22 @@ using namespace hybrimoe;
 struct costs {
     double cpu_fixed = 0, cpu_per_token = 1, cpu_first = 0, cpu_step = 0;
     double gpu_fixed = 1, gpu_per_token = 0, gpu_step = 0;
-    double copy  = 3;
-    double bytes = 1e6;
-    double dram  = std::numeric_limits<double>::infinity();
-    int    n_devices = 1;
+    double copy   = 3;
+    double bytes  = 1e6;
+    double dram   = std::numeric_limits<double>::infinity();
+    int n_devices = 1;
 };
 
 inline cost_model make_costs(const costs & c, int n_layers = 1) {
     cost_model m;
     cost_curve cpu, gpu;
-    status     s = cost_model::create(n_layers, 1, c.n_devices, m);
-    s            = s.ok() ? cost_curve::affine(c.cpu_fixed, c.cpu_per_token, cpu) : s;
-    s            = s.ok() ? cost_curve::affine(c.gpu_fixed, c.gpu_per_token, gpu) : s;
-    s            = s.ok() ? m.set_bytes(0, c.bytes) : s;
-    s            = s.ok() ? m.set_cpu(0, cpu, c.cpu_first) : s;
-    s            = s.ok() ? m.set_step(cpu_device, c.cpu_step) : s;
-    s            = s.ok() ? m.set_dram(c.dram) : s;
+    status s = cost_model::create(n_layers, 1, c.n_devices, m);
+    s        = s.ok() ? cost_curve::affine(c.cpu_fixed, c.cpu_per_token, cpu) : s;
+    s        = s.ok() ? cost_curve::affine(c.gpu_fixed, c.gpu_per_token, gpu) : s;
+    s        = s.ok() ? m.set_bytes(0, c.bytes) : s;
+    s        = s.ok() ? m.set_cpu(0, cpu, c.cpu_first) : s;
+    s        = s.ok() ? m.set_step(cpu_device, c.cpu_step) : s;
+    s        = s.ok() ? m.set_dram(c.dram) : s;
     for (int d = 0; d < c.n_devices; ++d) {
         s = s.ok() ? m.set_gpu(0, d, gpu) : s;
         s = s.ok() ? m.set_link(d, 0.0, c.bytes / c.copy) : s;
@@ -64,7 +64,7 @@ inline const char * regime_name(regime r) {
 // 1.0 + 0.002 x load; decode: load 1, CPU per token and copy uniform in 0.3..6; the others: CPU per token 0.02..1, copy
 // 0.3..8, loads 1..20 or Pareto 0.8 up to 400; first CPU expert extra 0 or half a token.
 struct random_layer {
-    costs                  c;
+    costs c;
     std::vector<work_item> items;
 };
 
@@ -73,7 +73,7 @@ inline random_layer draw(regime r, std::mt19937_64 & rng, int n_min = 3, int n_m
     auto pick    = [&](int n) { return static_cast<int>(rng() % static_cast<uint64_t>(n)); };
 
     random_layer out;
-    const bool   decode   = r == regime::decode;
+    const bool decode     = r == regime::decode;
     out.c.gpu_fixed       = 1.0;
     out.c.gpu_per_token   = 0.002;
     out.c.cpu_per_token   = decode ? uniform(0.3, 6.0) : uniform(0.02, 1.0);

@@ -13,7 +13,7 @@ namespace {
 constexpr int n_layers = 3, n_expert = 12, top_k = 3;
 
 expert_cache make_cache(const char * name, std::vector<int> n_slots, int n_devices = 1, bool pooled = false) {
-    const model_shape                shape{n_layers, n_expert, top_k};
+    const model_shape shape{n_layers, n_expert, top_k};
     std::unique_ptr<eviction_policy> policy;
     CHECK_OK(make_policy(eviction_policies(), name, shape, nullptr, 0, policy));
     cache_config config;
@@ -28,8 +28,8 @@ expert_cache make_cache(const char * name, std::vector<int> n_slots, int n_devic
 
 struct drawn_step {
     std::vector<int32_t> ids, loads;
-    std::vector<float>   scores;
-    router_step          step;
+    std::vector<float> scores;
+    router_step step;
 
     drawn_step(int layer, std::mt19937_64 & rng) {
         std::set<int32_t> chosen;
@@ -56,7 +56,7 @@ struct drawn_step {
 struct model {
     enum state { absent, loading, resident, pinned };
     std::vector<state> states = std::vector<state>(n_layers * n_expert, absent);
-    std::set<int>      in_step;
+    std::set<int> in_step;
 
     void compare(const expert_cache & cache) const {
         for (int key = 0; key < n_layers * n_expert; ++key) {
@@ -67,17 +67,17 @@ struct model {
 };
 
 void random_operations(const char * policy, bool pooled, int n_operations, uint64_t seed) {
-    std::mt19937_64  rng(seed);
-    expert_cache     cache = make_cache(policy, {4, 5, 0, 3, 2, 6}, 2, pooled);
-    model            m;
+    std::mt19937_64 rng(seed);
+    expert_cache cache = make_cache(policy, {4, 5, 0, 3, 2, 6}, 2, pooled);
+    model m;
     std::vector<slot_move> moves;
-    int              n_refused = 0, n_evicted = 0;
+    int n_refused = 0, n_evicted = 0;
     for (int i = 0; i < n_operations; ++i) {
-        const int  layer  = static_cast<int>(rng() % n_layers);
-        const int  expert = static_cast<int>(rng() % n_expert);
-        const int  key    = cache.shape().key(layer, expert);
-        const int  device = static_cast<int>(rng() % 2);
-        auto &     state  = m.states[static_cast<size_t>(key)];
+        const int layer  = static_cast<int>(rng() % n_layers);
+        const int expert = static_cast<int>(rng() % n_expert);
+        const int key    = cache.shape().key(layer, expert);
+        const int device = static_cast<int>(rng() % 2);
+        auto & state     = m.states[static_cast<size_t>(key)];
         switch (rng() % 10) {
         case 0:
         case 1: {
@@ -89,13 +89,16 @@ void random_operations(const char * policy, bool pooled, int n_operations, uint6
             }
             break;
         }
-        case 2: cache.end_step(); m.in_step.clear(); break;
+        case 2:
+            cache.end_step();
+            m.in_step.clear();
+            break;
         case 3:
         case 4:
         case 5: {
-            load_result  loaded;
-            const int    n_free = cache.n_available(layer, device, 1);
-            const status s      = cache.begin_load(layer, expert, device, rng() % 2 == 0, loaded);
+            load_result loaded;
+            const int n_free = cache.n_available(layer, device, 1);
+            const status s   = cache.begin_load(layer, expert, device, rng() % 2 == 0, loaded);
             if (state != model::absent) {
                 CHECK(s.code() == error_code::out_of_order);
             } else if (!s.ok()) {
@@ -138,13 +141,13 @@ void random_operations(const char * policy, bool pooled, int n_operations, uint6
             break;
         }
         default: {
-            const int    n = static_cast<int>(rng() % 8);
+            const int n    = static_cast<int>(rng() % 8);
             const status s = cache.resize(layer, device, n, moves);
             if (s.ok()) {
                 CHECK_EQ(cache.n_slots(layer, device), n);
                 for (int k = 0; k < n_layers * n_expert; ++k) { // only evictable ones may have gone
                     const residency at = cache.lookup(cache.shape().layer_of(k), cache.shape().expert_of(k));
-                    auto &          old = m.states[static_cast<size_t>(k)];
+                    auto & old         = m.states[static_cast<size_t>(k)];
                     if (static_cast<int>(at.state) != static_cast<int>(old)) {
                         CHECK(old == model::resident && at.state == slot_state::absent && m.in_step.count(k) == 0);
                         old = model::absent;
@@ -169,7 +172,7 @@ void resize_keeps_the_best() {
     for (const char * name : {"lru", "lfu", "ema", "lfru"}) {
         expert_cache cache = make_cache(name, {8, 0, 0});
         std::mt19937_64 rng(1);
-        load_result  loaded;
+        load_result loaded;
         for (int e = 0; e < 8; ++e) {
             CHECK_OK(cache.begin_load(0, e, 0, false, loaded));
             CHECK_OK(cache.complete_load(0, e));
@@ -178,11 +181,11 @@ void resize_keeps_the_best() {
         for (int round = 0; round < 8; ++round) {
             for (int32_t e = 7 - round; e >= 0; --e) {
                 const int32_t one = 1;
-                router_step   step;
+                router_step step;
                 step.experts   = &e;
                 step.n_tokens  = &one;
                 step.n_experts = step.n_rows = step.top_k = 1;
-                step.ids                                 = &e;
+                step.ids                                  = &e;
                 CHECK_OK(cache.begin_step(step));
             }
         }
@@ -203,7 +206,7 @@ void resize_keeps_the_best() {
 
 void resize_moves_pinned_experts_down() {
     expert_cache cache = make_cache("lru", {6, 0, 0});
-    load_result  loaded;
+    load_result loaded;
     for (int e = 0; e < 6; ++e) {
         CHECK_OK(cache.begin_load(0, e, 0, false, loaded));
         if (e != 2) {
@@ -226,12 +229,12 @@ void a_failed_load_leaves_no_trace() {
     for (const char * name : {"lru", "arc", "lfu", "eam"}) {
         expert_cache a = make_cache(name, {3, 3, 3}), b = make_cache(name, {3, 3, 3});
         std::mt19937_64 rng(3), again(3);
-        load_result     loaded;
+        load_result loaded;
         for (int i = 0; i < 300; ++i) {
             for (expert_cache * cache : {&a, &b}) {
                 std::mt19937_64 & r = cache == &a ? rng : again;
-                const int         layer = static_cast<int>(r() % n_layers);
-                const drawn_step  s(layer, r);
+                const int layer     = static_cast<int>(r() % n_layers);
+                const drawn_step s(layer, r);
                 CHECK_OK(cache->begin_step(s.step));
                 for (const int32_t e : s.ids) {
                     if (cache->begin_load(layer, e, 0, false, loaded).ok()) {
@@ -259,7 +262,8 @@ void a_failed_load_leaves_no_trace() {
                 continue; // its adaptation learns from the miss itself
             }
             for (int k = 0; k < n_layers * n_expert; ++k) {
-                CHECK_EQ(a.lookup(k / n_expert, k % n_expert).state == b.lookup(k / n_expert, k % n_expert).state, true);
+                CHECK_EQ(a.lookup(k / n_expert, k % n_expert).state == b.lookup(k / n_expert, k % n_expert).state,
+                         true);
             }
         }
     }
@@ -267,12 +271,12 @@ void a_failed_load_leaves_no_trace() {
 
 void mrs_reads_every_row() {
     // Two rows: the first wants expert 0, the second expert 1. Both must count, the later one more.
-    expert_cache cache = make_cache("mrs", {2, 0, 0});
+    expert_cache cache  = make_cache("mrs", {2, 0, 0});
     const int32_t ids[] = {0, 1}, loads[] = {1, 1};
-    float         scores[2 * n_expert] = {};
-    scores[0]            = 0.9F;
-    scores[n_expert + 1] = 0.9F;
-    scores[5]            = 0.5F;
+    float scores[2 * n_expert] = {};
+    scores[0]                  = 0.9F;
+    scores[n_expert + 1]       = 0.9F;
+    scores[5]                  = 0.5F;
     router_step step;
     step.experts   = ids;
     step.n_tokens  = loads;
@@ -291,7 +295,7 @@ void mrs_reads_every_row() {
 
 void a_wrong_prefetch_goes_first() {
     expert_cache cache = make_cache("lru", {3, 0, 0});
-    load_result  loaded;
+    load_result loaded;
     for (int e = 0; e < 2; ++e) {
         CHECK_OK(cache.begin_load(0, e, 0, false, loaded));
         CHECK_OK(cache.complete_load(0, e));
@@ -301,7 +305,7 @@ void a_wrong_prefetch_goes_first() {
     cache.shield(0, 9);
     CHECK(cache.next_victim(0, 0) != 9); // until its layer has come by
     const int32_t ids[] = {3}, loads[] = {1};
-    router_step   step;
+    router_step step;
     step.experts   = ids;
     step.n_tokens  = loads;
     step.n_experts = step.n_rows = step.top_k = 1;
@@ -316,7 +320,7 @@ void a_wrong_prefetch_goes_first() {
 
 void bad_configurations() {
     const model_shape good{2, 8, 2};
-    auto              create = [](model_shape shape, int n_devices, std::vector<int> slots) {
+    auto create = [](model_shape shape, int n_devices, std::vector<int> slots) {
         std::unique_ptr<eviction_policy> policy;
         CHECK_OK(make_policy(eviction_policies(), "lru", model_shape{1, 1, 1}, nullptr, 0, policy));
         cache_config config;
@@ -337,7 +341,7 @@ void bad_configurations() {
     CHECK(create({0, 8, 2}, 1, {}) == error_code::invalid_argument);
 
     expert_cache cache = make_cache("lru", {2, 2, 2});
-    load_result  loaded;
+    load_result loaded;
     CHECK(cache.begin_load(3, 0, 0, false, loaded).code() == error_code::invalid_argument);
     CHECK(cache.begin_load(0, n_expert, 0, false, loaded).code() == error_code::invalid_argument);
     CHECK(cache.begin_load(0, 0, 1, false, loaded).code() == error_code::invalid_argument);

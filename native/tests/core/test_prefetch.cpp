@@ -15,15 +15,15 @@ namespace {
 constexpr int n_layers = 8, n_expert = 16, top_k = 4;
 
 struct scene {
-    model_shape  shape{n_layers, n_expert, top_k};
-    cost_model   costs;
+    model_shape shape{n_layers, n_expert, top_k};
+    cost_model costs;
     expert_cache cache;
     std::unique_ptr<scheduler> planner = layers::make("two-threshold");
-    std::vector<int>     device_of_layer = std::vector<int>(n_layers, 0);
+    std::vector<int> device_of_layer   = std::vector<int>(n_layers, 0);
     std::vector<int32_t> ids = {0, 1, 2, 3}, ones = std::vector<int32_t>(4, 1);
-    std::vector<float>   ahead[max_lookahead];
-    router_step          step;
-    prefetch_view        view;
+    std::vector<float> ahead[max_lookahead];
+    router_step step;
+    prefetch_view view;
 
     explicit scene(const layers::costs & c) : costs(layers::make_costs(c, n_layers)) {
         std::unique_ptr<eviction_policy> lru;
@@ -82,8 +82,8 @@ void impact_gain_is_the_fall_of_the_planned_time() {
     s.make_resident(4, 6);
     s.make_resident(4, 7);
     const proposal_list out = s.propose("impact");
-    // Layer 3: four misses, 8 us on the CPU; with one cached 6. Layer 4: three hits 3 us, one miss 2 us; cached it gains
-    // nothing, as the GPU is the longer one. Layer 5: all scores equal, the four lowest ids.
+    // Layer 3: four misses, 8 us on the CPU; with one cached 6. Layer 4: three hits 3 us, one miss 2 us; cached it
+    // gains nothing, as the GPU is the longer one. Layer 5: all scores equal, the four lowest ids.
     int n_layer3 = 0;
     for (int i = 0; i < out.n_items; ++i) {
         CHECK(out.items[i].layer != 4);
@@ -109,7 +109,7 @@ void score_prefetchers() {
         s.ahead[0][static_cast<size_t>(e)] = 0.02F * static_cast<float>(e);
     }
     s.make_resident(3, 11);
-    s.view.horizon = 1;
+    s.view.horizon     = 1;
     proposal_list next = s.propose("next-layer");
     CHECK_EQ(next.n_items, 3); // the top 4 but for the resident one
     CHECK_EQ(next.items[0].expert, 10);
@@ -135,23 +135,23 @@ void learned_prefetchers() {
         const named_value nearest[] = {{"n_nearest", 1}}; // two kinds of prompts must not be summed
         CHECK_OK(make_policy(prefetchers(), name, shape, nearest, std::string(name) == "eam", policy));
         std::vector<int32_t> ids(top_k), ones(top_k, 1);
-        router_step          step;
+        router_step step;
         step.experts   = ids.data();
         step.n_tokens  = ones.data();
         step.n_experts = step.top_k = top_k;
         step.n_rows                 = 1;
         step.ids                    = ids.data();
         std::vector<float> scores(n_expert);
-        model_shape        s = shape;
-        prefetch_view      view;
-        view.shape = &s;
-        view.step  = &step;
+        model_shape s = shape;
+        prefetch_view view;
+        view.shape  = &s;
+        view.step   = &step;
         int n_right = 0, n_asked = 0;
         for (int prompt = 0; prompt < 4; ++prompt) {
             policy->on_prompt();
             for (int token = 0; token < 20; ++token) {
                 for (int layer = 0; layer < n_layers; ++layer) {
-                    step.layer = layer;
+                    step.layer           = layer;
                     const auto expert_at = [&](int l, int k) { return (prompt % 2 * 8 + l + k) % n_expert; };
                     for (int k = 0; k < top_k; ++k) {
                         ids[static_cast<size_t>(k)] = expert_at(layer, k);
@@ -178,17 +178,17 @@ void learned_prefetchers() {
 
 // A link that serves copies in order, and a predictor that is right less often the further it looks.
 struct pipeline {
-    static constexpr int    layers_per_token = 24;
-    static constexpr double layer_us         = 100.0;
-    static constexpr double right[]          = {1.0, 0.96, 0.93, 0.90, 0.70, 0.5, 0.4, 0.3};
+    static constexpr int layers_per_token = 24;
+    static constexpr double layer_us      = 100.0;
+    static constexpr double right[]       = {1.0, 0.96, 0.93, 0.90, 0.70, 0.5, 0.4, 0.3};
 
-    std::mt19937_64    rng{99}, demand_rng{7}; // the same demand whatever the horizon
-    double             bytes_per_us = 400.0;
-    double             now = 0.0, link_free = 0.0;
-    std::vector<int>   demand;         // copies that a layer needs, by layer since the start
-    std::vector<double> arrival;       // when the foreseen ones have arrived
-    std::vector<int>   foreseen;       // copies issued ahead, right ones
-    int                issued_to = 0;
+    std::mt19937_64 rng{99}, demand_rng{7}; // the same demand whatever the horizon
+    double bytes_per_us = 400.0;
+    double now = 0.0, link_free = 0.0;
+    std::vector<int> demand;     // copies that a layer needs, by layer since the start
+    std::vector<double> arrival; // when the foreseen ones have arrived
+    std::vector<int> foreseen;   // copies issued ahead, right ones
+    int issued_to = 0;
 
     static constexpr double expert_bytes = 4000.0;
 
@@ -207,8 +207,8 @@ struct pipeline {
     // Runs one layer with this horizon; returns its stall and adds up used and wasted bytes.
     double run(size_t layer, int horizon, double & used, double & wasted) {
         for (; issued_to <= static_cast<int>(layer) + horizon; ++issued_to) {
-            const auto target   = static_cast<size_t>(issued_to);
-            const int  distance = std::max(0, issued_to - static_cast<int>(layer));
+            const auto target  = static_cast<size_t>(issued_to);
+            const int distance = std::max(0, issued_to - static_cast<int>(layer));
             for (int k = demand_of(target); k > 0; --k) {
                 link_free = std::max(link_free, now) + copy_us();
                 if (static_cast<double>(rng() % 1000) / 1000 < right[std::min(distance, 7)]) {
@@ -220,8 +220,8 @@ struct pipeline {
                 }
             }
         }
-        double      ready  = std::max(now, arrival[layer]);
-        const int   n_more = demand_of(layer) - foreseen[layer];
+        double ready     = std::max(now, arrival[layer]);
+        const int n_more = demand_of(layer) - foreseen[layer];
         for (int k = 0; k < n_more; ++k) { // demanded copies go first
             ready = std::max(ready, now) + copy_us();
             link_free += copy_us();
@@ -235,7 +235,7 @@ constexpr double pipeline::right[];
 
 // Mean stall per token over tokens [first, last), with the bandwidth falling to a quarter at token `step`.
 double mean_stall(int fixed, int step, int first, int last, std::vector<int> * history) {
-    pipeline         p;
+    pipeline p;
     adaptive_horizon h(8, pipeline::layers_per_token);
     h.seed(p.copy_us(), pipeline::layer_us);
     double total = 0.0;
@@ -244,10 +244,10 @@ double mean_stall(int fixed, int step, int first, int last, std::vector<int> * h
             p.bytes_per_us /= 4;
         }
         for (int layer = 0; layer < pipeline::layers_per_token; ++layer) {
-            double       used = 0.0, wasted = 0.0;
-            const int    horizon = fixed > 0 ? fixed : h.value();
-            const auto   at      = static_cast<size_t>(token * pipeline::layers_per_token + layer);
-            const double stall   = p.run(at, horizon, used, wasted);
+            double used = 0.0, wasted = 0.0;
+            const int horizon  = fixed > 0 ? fixed : h.value();
+            const auto at      = static_cast<size_t>(token * pipeline::layers_per_token + layer);
+            const double stall = p.run(at, horizon, used, wasted);
             h.observe(stall, pipeline::layer_us, used, wasted);
             total += token >= first ? stall : 0.0;
         }
@@ -260,11 +260,11 @@ double mean_stall(int fixed, int step, int first, int last, std::vector<int> * h
 
 // algorithms.md target 13.
 void adaptive_horizon_after_a_bandwidth_step() {
-    const int        step = 40, settled = step + 32, end = 1500;
+    const int step = 40, settled = step + 32, end = 1500;
     std::vector<int> history;
-    const double     adaptive = mean_stall(0, step, settled, end, &history);
-    double           best     = 1e300;
-    int              best_at  = 0;
+    const double adaptive = mean_stall(0, step, settled, end, &history);
+    double best           = 1e300;
+    int best_at           = 0;
     for (int fixed = 1; fixed <= 8; ++fixed) {
         const double stall = mean_stall(fixed, step, settled, end, nullptr);
         std::printf("  horizon %d: stall %.1f us per token\n", fixed, stall);
@@ -273,11 +273,11 @@ void adaptive_horizon_after_a_bandwidth_step() {
             best_at = fixed;
         }
     }
-    std::printf("adaptive horizon: stall %.1f us per token, best fixed %d: %.1f; %d before the step, %d at its end\n", adaptive,
-                best_at, best, history[static_cast<size_t>(step) - 1], history.back());
+    std::printf("adaptive horizon: stall %.1f us per token, best fixed %d: %.1f; %d before the step, %d at its end\n",
+                adaptive, best_at, best, history[static_cast<size_t>(step) - 1], history.back());
     CHECK(adaptive <= 1.05 * best);
     CHECK(history[static_cast<size_t>(step) - 1] < best_at); // it had something to learn
-    int n_elsewhere = 0; // rare trials are allowed
+    int n_elsewhere = 0;                                     // rare trials are allowed
     for (size_t token = static_cast<size_t>(settled); token < history.size(); ++token) {
         n_elsewhere += history[token] != history[static_cast<size_t>(settled)];
     }

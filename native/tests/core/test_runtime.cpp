@@ -17,8 +17,12 @@ void * operator new(std::size_t size) {
     }
     throw std::bad_alloc();
 }
-void operator delete(void * p) noexcept { std::free(p); }
-void operator delete(void * p, std::size_t) noexcept { std::free(p); }
+void operator delete(void * p) noexcept {
+    std::free(p);
+}
+void operator delete(void * p, std::size_t) noexcept {
+    std::free(p);
+}
 
 using namespace hybrimoe;
 using namespace traffic;
@@ -37,11 +41,11 @@ cost_model machine(int n_devices) {
 }
 
 uint64_t run(const options & o, int n_devices, int n_tokens, int warm_tokens, long long & n_allocations) {
-    const cost_model         costs = machine(n_devices);
-    std::unique_ptr<runtime> rt    = make_runtime(o, costs);
-    routing                  r(o);
-    double                   now_us = 0.0;
-    n_allocations                   = 0;
+    const cost_model costs      = machine(n_devices);
+    std::unique_ptr<runtime> rt = make_runtime(o, costs);
+    routing r(o);
+    double now_us = 0.0;
+    n_allocations = 0;
     for (int token = 0; token < n_tokens; ++token) {
         const long long before = g_n_allocations;
         for (int layer = 0; layer < o.n_layers; ++layer) {
@@ -68,10 +72,10 @@ int main() {
         for (const char * prefetch : {"none", "next-layer", "impact", "fate", "path", "eam"}) {
             for (const int n_devices : {1, 2}) {
                 options o;
-                o.eviction      = eviction;
-                o.prefetch      = prefetch;
-                long long      n_allocations = 0, ignored = 0;
-                const uint64_t hash          = run(o, n_devices, 60, 20, n_allocations);
+                o.eviction              = eviction;
+                o.prefetch              = prefetch;
+                long long n_allocations = 0, ignored = 0;
+                const uint64_t hash = run(o, n_devices, 60, 20, n_allocations);
                 CHECK_EQ(n_allocations, 0);
                 CHECK_EQ(run(o, n_devices, 60, 20, ignored), hash);
             }

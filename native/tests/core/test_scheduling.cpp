@@ -16,7 +16,9 @@ layer_plan plan(const char * name, const layer_problem & problem) {
     return out;
 }
 
-double us(const char * name, const layer_problem & problem) { return plan(name, problem).makespan_us; }
+double us(const char * name, const layer_problem & problem) {
+    return plan(name, problem).makespan_us;
+}
 
 layer_problem problem_of(const cost_model & costs, const std::vector<work_item> & items) {
     layer_problem p;
@@ -36,9 +38,9 @@ work_item item(int expert, int n_tokens, int device = cpu_device) {
 
 // HybriMoE fig. 5: A:1, B:1, C:3 uncached, D:4, E:1 cached, one shared expert first on the GPU.
 void golden_layer() {
-    const cost_model             costs = make_costs({});
+    const cost_model costs             = make_costs({});
     const std::vector<work_item> items = {item(0, 1), item(1, 1), item(2, 3), item(3, 4, 0), item(4, 1, 0)};
-    layer_problem                p     = problem_of(costs, items);
+    layer_problem p                    = problem_of(costs, items);
     p.gpu_ready_us[0]                  = 1.0;
     for (const char * name : {"two-threshold", "hybrimoe"}) {
         const layer_plan out = plan(name, p);
@@ -60,15 +62,15 @@ void golden_layer() {
 
 void excess_over_the_optimum() {
     for (const regime r : all_regimes) {
-        std::mt19937_64     rng(20260101 + static_cast<int>(r));
+        std::mt19937_64 rng(20260101 + static_cast<int>(r));
         std::vector<double> excess[2];
         for (int k = 0; k < 2500; ++k) {
-            const random_layer  layer = draw(r, rng, 3, 10);
-            const cost_model    costs = make_costs(layer.c);
-            const layer_problem p     = problem_of(costs, layer.items);
-            const double        best  = us("exhaustive", p);
-            const double        two   = us("two-threshold", p);
-            const double        paper = us("hybrimoe", p);
+            const random_layer layer = draw(r, rng, 3, 10);
+            const cost_model costs   = make_costs(layer.c);
+            const layer_problem p    = problem_of(costs, layer.items);
+            const double best        = us("exhaustive", p);
+            const double two         = us("two-threshold", p);
+            const double paper       = us("hybrimoe", p);
             excess[0].push_back(two / best - 1.0);
             excess[1].push_back(paper / best - 1.0);
             CHECK(two <= us("cpu-only", p) * (1 + 1e-9));
@@ -101,7 +103,7 @@ void excess_over_the_optimum() {
 // Every scheduler, on layers with all features: the plan is legal and its timeline consistent.
 void plans_are_legal() {
     std::mt19937_64 rng(7);
-    auto            chance = [&](int n) { return rng() % static_cast<uint64_t>(n) == 0; };
+    auto chance = [&](int n) { return rng() % static_cast<uint64_t>(n) == 0; };
     for (int k = 0; k < 4000; ++k) {
         random_layer layer = draw(all_regimes[k % 3], rng, 1, k % 50 == 0 ? 512 : 12);
         layer.c.n_devices  = static_cast<int>(rng() % 4);
@@ -109,20 +111,22 @@ void plans_are_legal() {
         layer.c.gpu_step   = chance(2) ? 0.7 : 0.0;
         layer.c.cpu_step   = chance(2) ? 0.4 : 0.0;
         for (work_item & w : layer.items) {
-            w.device   = layer.c.n_devices == 0 || w.device == cpu_device ? cpu_device : static_cast<int>(rng() % static_cast<uint64_t>(layer.c.n_devices));
+            w.device   = layer.c.n_devices == 0 || w.device == cpu_device
+                             ? cpu_device
+                             : static_cast<int>(rng() % static_cast<uint64_t>(layer.c.n_devices));
             w.loading  = w.device != cpu_device && chance(6);
             w.ready_us = w.loading ? static_cast<double>(rng() % 1000) / 100 : 0.0;
             w.may_copy = !chance(5);
         }
         const cost_model costs = make_costs(layer.c);
-        layer_problem    p     = problem_of(costs, layer.items);
+        layer_problem p        = problem_of(costs, layer.items);
         for (int d = 0; d < layer.c.n_devices; ++d) {
             p.max_copies[d] = chance(2) ? static_cast<int>(rng() % 4) : 1000;
         }
         for (const char * name : practical) {
-            const layer_plan out = plan(name, p);
-            int    n_copies[max_devices] = {};
-            int    n_cpu                 = 0;
+            const layer_plan out             = plan(name, p);
+            int n_copies[max_devices]        = {};
+            int n_cpu                        = 0;
             double busy_end[max_devices + 1] = {}, gpu_busy[max_devices + 1] = {};
             for (size_t i = 0; i < layer.items.size(); ++i) {
                 const placement & at = out.placements[i];
@@ -165,8 +169,8 @@ void plans_are_legal() {
 
 void several_cards_stay_near_the_optimum() {
     std::mt19937_64 rng(11);
-    double          sum = 0, worst = 0;
-    int             n   = 0;
+    double sum = 0, worst = 0;
+    int n = 0;
     for (int k = 0; k < 600; ++k) {
         random_layer layer = draw(all_regimes[k % 3], rng, 3, 7);
         layer.c.n_devices  = 2;
@@ -178,8 +182,8 @@ void several_cards_stay_near_the_optimum() {
         CHECK_OK(cost_curve::affine(2.0, 0.01, slow)); // unequal cards and links
         CHECK_OK(costs.set_gpu(0, 1, slow));
         CHECK_OK(costs.set_link(1, 0.1, layer.c.bytes / (2 * layer.c.copy)));
-        const layer_problem p      = problem_of(costs, layer.items);
-        const double        excess = us("two-threshold", p) / us("exhaustive", p) - 1.0;
+        const layer_problem p = problem_of(costs, layer.items);
+        const double excess   = us("two-threshold", p) / us("exhaustive", p) - 1.0;
         sum += excess;
         worst = std::max(worst, excess);
         ++n;
@@ -192,13 +196,13 @@ void several_cards_stay_near_the_optimum() {
 // algorithms.md target 5: Qwen2-57B, top-8, 45 % cached, the paper's constants: hybrid planning gains 1.46x.
 void qwen2_57b_gain() {
     costs c;
-    c.cpu_per_token = 0.8;
-    c.cpu_first     = 0.79;
-    c.gpu_fixed     = 0.5;
-    c.copy          = 0.418;
+    c.cpu_per_token        = 0.8;
+    c.cpu_first            = 0.79;
+    c.gpu_fixed            = 0.5;
+    c.copy                 = 0.418;
     const cost_model costs = make_costs(c);
-    std::mt19937_64  rng(57);
-    double           ours = 0, cpu = 0;
+    std::mt19937_64 rng(57);
+    double ours = 0, cpu = 0;
     for (int k = 0; k < 20000; ++k) {
         std::vector<work_item> items;
         for (int e = 0; e < 8; ++e) {
@@ -218,17 +222,17 @@ void bandwidth_sweep() {
     for (double ratio = 0.25; ratio <= 16.0; ratio *= 1.25) {
         for (const int m : {1, 2, 3, 5, 8, 13, 24}) {
             costs c; // B_h = 1 expert per time unit
-            c.cpu_per_token = 1.0;
-            c.gpu_fixed     = 1e-6;
-            c.copy          = ratio;
-            const cost_model       costs = make_costs(c);
+            c.cpu_per_token        = 1.0;
+            c.gpu_fixed            = 1e-6;
+            c.copy                 = ratio;
+            const cost_model costs = make_costs(c);
             std::vector<work_item> items;
             for (int e = 0; e < m; ++e) {
                 items.push_back(item(e, 1));
             }
-            const layer_problem p   = problem_of(costs, items);
-            const layer_plan    out = plan("two-threshold", p);
-            const double        q   = m * (1 / ratio) / (1 / ratio + 1.0);
+            const layer_problem p = problem_of(costs, items);
+            const layer_plan out  = plan("two-threshold", p);
+            const double q        = m * (1 / ratio) / (1 / ratio + 1.0);
             CHECK(us("cpu-only", p) / out.makespan_us <= 1 + 1 / ratio + 1e-6);
             CHECK(std::fabs(out.n_copies - q) <= 1.0 + 1e-9);
         }
@@ -237,12 +241,16 @@ void bandwidth_sweep() {
 
 void the_planner_can_say_never_copy() {
     costs c;
-    c.copy = 100.0;
-    c.dram = c.bytes / 0.9;
-    const cost_model             costs = make_costs(c);
+    c.copy                             = 100.0;
+    c.dram                             = c.bytes / 0.9;
+    const cost_model costs             = make_costs(c);
     const std::vector<work_item> items = {item(0, 1), item(1, 1), item(2, 1, 0)};
     CHECK_EQ(plan("two-threshold", problem_of(costs, items)).n_copies, 0);
-    const cost_model none = make_costs([] { layers::costs x; x.n_devices = 0; return x; }());
+    const cost_model none                 = make_costs([] {
+        layers::costs x;
+        x.n_devices = 0;
+        return x;
+    }());
     const std::vector<work_item> all_miss = {item(0, 5), item(1, 2)};
     for (const char * name : practical) {
         CHECK_EQ(us(name, problem_of(none, all_miss)), 7.0);
@@ -252,21 +260,21 @@ void the_planner_can_say_never_copy() {
 void dram_ceiling() {
     // Alone the CPU needs 2 and the link 2: together they would be done at 2, but 4 experts at 1.5 per unit need 2.67.
     costs c;
-    c.cpu_per_token = 1.0;
-    c.gpu_fixed     = 1e-3;
-    c.copy          = 0.99;
-    c.dram          = c.bytes * 1.5;
-    const cost_model             costs = make_costs(c);
+    c.cpu_per_token                    = 1.0;
+    c.gpu_fixed                        = 1e-3;
+    c.copy                             = 0.99;
+    c.dram                             = c.bytes * 1.5;
+    const cost_model costs             = make_costs(c);
     const std::vector<work_item> items = {item(0, 1), item(1, 1), item(2, 1), item(3, 1)};
-    const layer_plan             out   = plan("two-threshold", problem_of(costs, items));
+    const layer_plan out               = plan("two-threshold", problem_of(costs, items));
     CHECK(std::fabs(out.makespan_us - 4 / 1.5) < 1e-9);
     CHECK(std::fabs(us("exhaustive", problem_of(costs, items)) - out.makespan_us) < 1e-9);
 }
 
 void a_copy_under_way_is_used_when_it_comes_in_time() {
     costs c;
-    c.cpu_per_token = 4.0;
-    const cost_model       costs = make_costs(c);
+    c.cpu_per_token              = 4.0;
+    const cost_model costs       = make_costs(c);
     std::vector<work_item> items = {item(0, 1, 0), item(1, 1, 0)};
     items[1].loading             = true;
     items[1].ready_us            = 2.0;
@@ -278,17 +286,17 @@ void a_copy_under_way_is_used_when_it_comes_in_time() {
 }
 
 void bad_input() {
-    const cost_model       costs = make_costs({});
+    const cost_model costs       = make_costs({});
     std::vector<work_item> items = {item(0, 1)};
-    layer_plan             out;
-    auto code = [&](const layer_problem & p) { return plan_layer(*make("two-threshold"), p, out).code(); };
+    layer_plan out;
+    auto code       = [&](const layer_problem & p) { return plan_layer(*make("two-threshold"), p, out).code(); };
     layer_problem p = problem_of(costs, items);
     p.n_items       = 0;
     CHECK(code(p) == error_code::invalid_argument);
-    p = problem_of(costs, items);
+    p       = problem_of(costs, items);
     p.layer = 1;
     CHECK(code(p) == error_code::invalid_argument);
-    p = problem_of(costs, items);
+    p                 = problem_of(costs, items);
     p.gpu_ready_us[0] = std::nan("");
     CHECK(code(p) == error_code::invalid_argument);
     items[0].n_tokens = 0;
@@ -323,7 +331,8 @@ void bad_input() {
     CHECK(s.code() == error_code::unknown_name);
     CHECK(std::string(s.message()).find("two-threshold") != std::string::npos);
     const named_value wrong[] = {{"n_cpu_layers", -1}};
-    CHECK(make_policy(schedulers(), "static", model_shape{1, 8, 2}, wrong, 1, made).code() == error_code::invalid_argument);
+    CHECK(make_policy(schedulers(), "static", model_shape{1, 8, 2}, wrong, 1, made).code() ==
+          error_code::invalid_argument);
 }
 
 } // namespace

@@ -11,16 +11,16 @@ namespace traffic {
 using namespace hybrimoe;
 
 struct options {
-    int          n_layers = 8, n_expert = 64, top_k = 8, n_slots = 16;
+    int n_layers = 8, n_expert = 64, top_k = 8, n_slots = 16;
     const char * eviction = "lru";
     const char * prefetch = "none";
     const char * schedule = "two-threshold";
-    bool         pay_back = true;
+    bool pay_back         = true;
 };
 
 inline std::unique_ptr<runtime> make_runtime(const options & o, const cost_model & costs) {
     const model_shape shape{o.n_layers, o.n_expert, o.top_k};
-    runtime_config    c;
+    runtime_config c;
     c.cache.shape     = shape;
     c.cache.n_devices = costs.n_devices();
     c.cache.n_slots.assign(static_cast<size_t>(o.n_layers * costs.n_devices()), o.n_slots);
@@ -77,13 +77,13 @@ struct routing {
         return e;
     }
 
-    std::vector<float>   scores, ahead[max_lookahead];
+    std::vector<float> scores, ahead[max_lookahead];
     std::vector<int32_t> ids;
 
 private:
-    options          o_;
+    options o_;
     std::vector<int> order_;
-    std::mt19937_64  rng_{5};
+    std::mt19937_64 rng_{5};
 };
 
 // Completes every transfer that ended by now.
