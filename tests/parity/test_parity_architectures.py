@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 from checks import check_dispatch
-from sides import Reply, Side, compare
+from sides import Side, compare
+from widen_arch_models import widen
 
 from hybrimoe.errors import HybrimoeError
 from hybrimoe.gguf_model import inspect
@@ -46,18 +47,29 @@ def test_the_list_is_complete(architecture_models: Path) -> None:
     assert found == {*ARCHITECTURES, *WITHOUT_MOE_GRAPH}
 
 
-def check(plain: Side, ours: Side, path: Path, arch: str) -> tuple[Reply, bool]:
+def check(plain: Side, ours: Side, path: Path, arch: str) -> bool:
+    """True when the logits are bit-equal; NMSE and dispatch are asserted."""
     got = ours.ask("logits", path, prefill=PREFILL)
     difference = compare(plain.ask("logits", path, prefill=PREFILL), got)
     assert difference.nmse <= 1e-5, difference
     check_dispatch(path, got, n_blocks_per_layer=N_BLOCKS_PER_LAYER.get(arch, 1))
-    return got, difference.is_equal
+    return difference.is_equal
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_as_llama_cpp_writes_it(plain: Side, ours: Side, architecture_models: Path, arch: str) -> None:
-    _, is_equal = check(plain, ours, model_file(architecture_models, arch), arch)
-    assert is_equal
+    assert check(plain, ours, model_file(architecture_models, arch), arch)
+
+
+@pytest.mark.parametrize(("top_k", "kind"), [(2, None), (3, "Q8_0"), (4, "Q4_0")])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_widened(
+    plain: Side, ours: Side, architecture_models: Path, tmp_path: Path, arch: str, top_k: int, kind: str | None
+) -> None:
+    """With 8 experts, so that the choice among them counts, and quantised."""
+    source = model_file(architecture_models, arch)
+    path = widen(source, tmp_path / f"{arch}.gguf", n_experts=8, top_k=top_k, type_name=kind)
+    assert check(plain, ours, path, arch)
 
 
 @pytest.mark.parametrize("arch", sorted(WITHOUT_MOE_GRAPH))
