@@ -118,7 +118,7 @@ struct type_kernels {
 struct kernel_set {
     const char * name;
     int          dot_tokens;     // most tokens of one dot call
-    int          gemm_tokens;    // fewest tokens of an expert that are worth packing
+    int          gemm_tokens;    // fewest tokens of an expert that are worth packing (measured with bench_kernels)
     bool         rows_in_units;  // q8_32 rows are row_unit128, else row_block32
 
     // row: row_unit128 / row_block32 / row_block256, n a multiple of 32 / 256

@@ -320,8 +320,9 @@ struct block_dot_q45_k {
                 const __m512i acc = _mm512_dpbusd_epi32(_mm512_setzero_si512(), q[c], load512(xb.q + 64 * c));
                 s[t].sum[c % 2]   = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc), pair_of(ds, c), s[t].sum[c % 2]);
             }
-            // the mins meet sum32, which follows sum16
-            s[t].offset = _mm512_mask3_fmadd_ps(ds, _mm512_loadu_ps(xb.sum16 + 8), s[t].offset, 0xff00);
+            // The upper half of ds, the mins, meets sum32.
+            const void * sums = reinterpret_cast<const uint8_t *>(&xb) + offsetof(row_block256, sum32) - 32;
+            s[t].offset       = _mm512_mask3_fmadd_ps(ds, _mm512_loadu_ps(sums), s[t].offset, 0xff00);
         }
     }
 };
@@ -1241,7 +1242,7 @@ constexpr type_kernels types[] = {
 }  // namespace
 
 const kernel_set kernels_avx512 = {
-    "avx512", 2, 3, true, quantize_32, quantize_256, panel_32, panel_256, panel_f32, glu, add_scaled, types,
+    "avx512", 2, 5, true, quantize_32, quantize_256, panel_32, panel_256, panel_f32, glu, add_scaled, types,
 };
 
 }  // namespace hybrimoe::kernels

@@ -22,7 +22,7 @@ namespace {
 
 constexpr int64_t min_chunk_tokens = 32;
 constexpr size_t  cache_line       = 64;
-constexpr size_t  dot_stream_bytes = 32 * 1024;  // weights of one matrix in one work item of a decode step
+constexpr size_t  dot_stream_bytes = 48 * 1024;  // weights of one matrix in one work item of a decode step
 constexpr int64_t most_item_rows   = 256;
 constexpr int32_t block_tokens     = 128;  // tokens that share one packing of a tile
 

@@ -187,6 +187,8 @@ struct team {
 // Called by every thread of the team with equal arguments but team.index. Returns when y is complete (it ends with a
 // barrier). Allocates nothing. Results are bitwise independent of team.count and of the order of work.
 // The scratch needs no initialisation and may be shared by all layers with the largest plan.
+// y may overlap x where the batch fits one pass (n_tokens <= plan.chunk_tokens): all of x is read before y is written.
+// It may overlap nothing else: weights are read to the end.
 void moe_forward(const moe_plan & plan, const moe_layer & layer, const moe_batch & batch, void * scratch,
                  const team & team);
 

@@ -149,7 +149,7 @@ void bench_type(const kernel_set * ks, int32_t type, int n_threads, double strea
 
     printf("  cached %5.1f GB/s ", cached_bytes_per_s(ks, type, n_threads) * 1e-9);
     // 8 experts get n tokens each
-    for (const int n : {4, 16, 64, 256}) {
+    for (const int n : {4, 6, 8, 16, 32, 256}) {
         input many;
         many.make(n * 8, 1, 2048, 3);
         std::vector<float> ym(many.x.size());
