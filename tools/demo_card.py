@@ -105,9 +105,10 @@ def card(m: Measurement, demo_path: Path) -> str:
         "",
         "<!-- Written by tools/demo_card.py; do not edit. -->",
         "",
-        f"A small mixture-of-experts model for trying out expert scheduling: {source['name']} ({source['license']}) from",
-        f"the PyPI package `{source['package']}` {source['package_version']}, in which every feed-forward block has become",
-        f"{model.n_experts} slightly different copies of itself. It chats like the model it is made of, not better.",
+        f"A small mixture-of-experts model for trying out expert scheduling: {source['name']} ({source['license']})",
+        f"from the PyPI package `{source['package']}` {source['package_version']}, in which every feed-forward block "
+        f"has become {model.n_experts}",
+        "slightly different copies of itself. It chats like that model, not better.",
         "",
         "| | |",
         "|---|---|",
@@ -116,12 +117,13 @@ def card(m: Measurement, demo_path: Path) -> str:
         f"| expert weights | the dense ones with Gaussian noise of {recipe.noise:.0%} of their deviation |",
         "| routers | k-means over feed-forward inputs of the dense model on `corpus/train-*.txt`, balanced |",
         f"| file | {m.file_bytes / 1e6:.0f} MB, made on your machine by `hybrimoe models build demo` |",
+        f'| system message | "{recipe.chat["system"]}", in place of the source model\'s |',
         f"| licence | {source['license']}, as the source model |",
         "",
         "## Measured",
         "",
-        f"On {m.n_tokens} tokens of `corpus/heldout-*.txt`, which no router was fitted to, in windows of at most 256 tokens,",
-        "with plain llama.cpp on the CPU (`tools/demo_card.py`).",
+        f"On {m.n_tokens} tokens of `corpus/heldout-*.txt`, which no router was fitted to, in windows of at most 256",
+        "tokens, with plain llama.cpp on the CPU (`tools/demo_card.py`).",
         "",
         "| text | perplexity, dense | perplexity, demo | ratio |",
         "|---|---|---|---|",
@@ -131,9 +133,10 @@ def card(m: Measurement, demo_path: Path) -> str:
         lines.append(f"| {label} | {dense:.2f} | {m.demo[name]:.2f} | {m.demo[name] / dense:.3f} |")
     lines += [
         "",
-        f"Largest over mean expert load: {max(x.balance for x in m.layers):.2f} in the worst layer (bound {MAX_BALANCE:g}).",
-        "Share of a token's experts that the next token uses too, over what independent draws with the same loads would",
-        f"give: {min(overlaps):.2f} in the worst layer (bound {MIN_OVERLAP_OVER_CHANCE:g}), "
+        f"Largest over mean expert load in the worst layer: {max(x.balance for x in m.layers):.2f} "
+        f"(bound {MAX_BALANCE:g}).",
+        "Share of a token's experts that the next token uses too, over what independent draws with the same loads",
+        f"would give: {min(overlaps):.2f} in the worst layer (bound {MIN_OVERLAP_OVER_CHANCE:g}), "
         f"{sum(overlaps) / len(overlaps):.2f} on average.",
         "",
         "| layer | largest / mean load | overlap | chance | overlap / chance |",

@@ -67,7 +67,6 @@ class Architecture:
     tiny: Shape
     layer: Callable[[Shape, int], Iterator[Tensor]]
     metadata: Callable[[Shape], dict[str, Value]]
-    expert_type: str | None = None  # forced quantisation of the experts, where the real models have only that one
 
     def tensors(self, shape: Shape) -> list[Tensor]:
         tensors = [
@@ -369,17 +368,16 @@ def random_weights(tensor: Tensor, seed: int) -> npt.NDArray[np.float32]:
     import numpy as np
 
     rng = np.random.default_rng([seed, zlib.crc32(tensor.name.encode())])
-    values = rng.standard_normal(tuple(reversed(tensor.shape)), dtype=np.float32)
-    if tensor.role == "norm":
-        return np.float32(1.0) + np.float32(0.1) * values
-    if tensor.role in ("embedding", "small"):
-        return values
+    values: npt.NDArray[np.float32] = rng.standard_normal(tuple(reversed(tensor.shape)), dtype=np.float32)
     if tensor.role == "decay":
-        return -np.abs(values) - np.float32(0.1)
-    if tensor.role in ("bias", "router_bias", "expert_bias", "probs_bias"):
-        return np.float32(0.1) * values
-    scale = 2.0 if tensor.role == "router" else 1.0
-    return values * np.float32(scale / tensor.fan_in**0.5)
+        values = -np.abs(values) - np.float32(0.1)
+    elif tensor.role == "norm":
+        values = np.float32(1.0) + np.float32(0.1) * values
+    elif tensor.role in ("bias", "router_bias", "expert_bias", "probs_bias"):
+        values *= np.float32(0.1)
+    elif tensor.role in ("matrix", "expert", "router"):
+        values *= np.float32((2.0 if tensor.role == "router" else 1.0) / tensor.fan_in**0.5)
+    return values
 
 
 # --- vocabulary -----------------------------------------------------------------------------------------------------

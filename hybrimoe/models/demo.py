@@ -66,8 +66,8 @@ def upcycle(dense_path: Path, out: Path, recipe: Recipe, progress: Progress) -> 
 
 
 def token_windows(model_path: Path, texts: list[str], n_window: int, n_least: int | None = None) -> list[list[int]]:
-    """The texts in tokens of the model's vocabulary, cut into windows of `n_window`. A text's rest is dropped when it has
-    fewer than `n_least` tokens (default: `n_window`)."""
+    """The texts in tokens of the model's vocabulary, cut into windows of `n_window`. A text's rest is dropped when it
+    has fewer than `n_least` tokens (default: `n_window`)."""
     import llama_cpp
 
     model = llama_cpp.Llama(str(model_path), vocab_only=True, n_ctx=n_window, verbose=False)
@@ -94,9 +94,13 @@ def _one_blas_thread() -> AbstractContextManager[Any]:
 
 
 def _add_metadata(output: GgufOutput, dense: DenseLlama, recipe: Recipe, n_layers: int) -> None:
+    template = "tokenizer.chat_template"
     replaced = ("general.name", "general.file_type", "general.size_label", "general.finetune", "llama.block_count")
-    copy_metadata(dense.reader, output, skip=replaced)
+    copy_metadata(dense.reader, output, skip=(*replaced, template))
     writer = output.metadata
+    writer.add_chat_template(
+        dense.reader.fields[template].contents().replace(recipe.chat["source_system"], recipe.chat["system"])
+    )
     writer.add_name(recipe.name)
     writer.add_description(
         f"{recipe.source['name']} ({recipe.source['license']}) with every feed-forward block replaced by "

@@ -41,6 +41,7 @@ class Recipe:
     noise: float
     seed: int
     source: Mapping[str, str]
+    chat: Mapping[str, str]
     router: Mapping[str, Any]
     corpus: Mapping[str, list[str]]
     is_default: bool
@@ -97,6 +98,7 @@ def load_recipe(options: DemoOptions | None = None) -> Recipe:
         noise=data["experts"]["noise"],
         seed=data["experts"]["seed"],
         source=data["source"],
+        chat=data["chat"],
         router=data["router"],
         corpus=data["corpus"],
         is_default=(n_experts, top_k, type_name, options.n_layers) == defaults,
