@@ -30,6 +30,14 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Side]:
 
 
 @pytest.fixture(scope="session")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Side]:
+    """The plug-in with its own CPU kernels, which round differently from ggml's."""
+    side = Side("plugin", tmp_path_factory.mktemp("own"), cpu="auto")
+    yield side
+    side.close()
+
+
+@pytest.fixture(scope="session")
 def llama_cpp_bin() -> Path:
     """The folder of plain llama.cpp's own programs; built once (minutes) unless HYBRIMOE_LLAMA_CPP_BIN names them."""
     result = subprocess.run([sys.executable, str(BUILD)], stdout=subprocess.PIPE, text=True)
