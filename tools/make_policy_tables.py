@@ -17,6 +17,7 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+from hybrimoe.errors import HybrimoeError, render
 from hybrimoe.native.core import CPU, CoreError, Costs, Curve, Kind, PolicyInfo, Scheduler, WorkItem, policies
 from hybrimoe.native.core_replay import Trace, replay_cache
 
@@ -214,7 +215,11 @@ def main() -> None:
     given = os.environ.get("HYBRIMOE_TRACES")
     if not given and not options.check and not PAGE.is_file():
         sys.exit("error: HYBRIMOE_TRACES is not set\nhint: point it at the folder with the traces of real models")
-    text = page(Path(given) if given else None)
+    try:
+        text = page(Path(given) if given else None)
+    except HybrimoeError as error:
+        print(render(error), file=sys.stderr)
+        sys.exit(error.exit_code)
     if options.check:
         if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
             sys.exit("error: docs/policies.md is out of date\nhint: python tools/make_policy_tables.py")
