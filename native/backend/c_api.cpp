@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <cstring>
 #include <exception>
+#include <stdexcept>
 #include <string>
 
 namespace {
@@ -64,6 +65,9 @@ const char * hybrimoe_check_ggml(void) {
 
 int hybrimoe_configure(const char * json, char * error, size_t error_size) {
     try {
+        if (json == nullptr) {
+            throw std::invalid_argument("no settings were given");
+        }
         hybrimoe::set_current_settings(hybrimoe::parse_settings(json, hybrimoe::current_settings()));
         return 0;
     } catch (const std::exception & problem) {
@@ -85,7 +89,7 @@ int32_t hybrimoe_n_layers(uint64_t instance) {
 
 int hybrimoe_get_layer_counters(uint64_t instance, int32_t layer, struct hybrimoe_layer_counters * out) {
     const auto data = hybrimoe::find_instance(instance);
-    if (data == nullptr || layer < 0 || layer >= data->n_layers()) {
+    if (data == nullptr || out == nullptr || layer < 0 || layer >= data->n_layers()) {
         return -1;
     }
     *out = data->read(layer);

@@ -41,10 +41,7 @@ private:
     std::atomic<int> n_layers_{0};
 };
 
-// Adds without a locked instruction: each counter has one writer at a time.
-inline void add(std::atomic<uint64_t> & counter, uint64_t amount) {
-    counter.store(counter.load(std::memory_order_relaxed) + amount, std::memory_order_relaxed);
-}
+inline void add(std::atomic<uint64_t> & counter, uint64_t amount) { counter.fetch_add(amount, std::memory_order_relaxed); }
 
 // Instances by id, so that a host can ask for counters without holding ggml objects.
 struct instance_ticket {
