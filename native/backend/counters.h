@@ -41,7 +41,9 @@ private:
     std::atomic<int> n_layers_{0};
 };
 
-inline void add(std::atomic<uint64_t> & counter, uint64_t amount) { counter.fetch_add(amount, std::memory_order_relaxed); }
+inline void add(std::atomic<uint64_t> & counter, uint64_t amount) {
+    counter.fetch_add(amount, std::memory_order_relaxed);
+}
 
 // Instances by id, so that a host can ask for counters without holding ggml objects.
 struct instance_ticket {

@@ -28,7 +28,8 @@ HYBRIMOE_API int hybrimoe_ggml_backend_api_version(void);
 HYBRIMOE_API const char * hybrimoe_check_ggml(void);
 
 // Sets what backend instances created from now on use; instances that exist keep their settings.
-// `json` is one object; known keys: "cpu_kernels" ("ggml"). Returns 0, or -1 with a message in `error` and nothing
+// `json` is one object; known key: "cpu_kernels" ("auto", "ggml",
+// "avx512", "avxvnni", "avx2", "scalar"). Returns 0, or -1 with a message in `error` and nothing
 // changed.
 HYBRIMOE_API int hybrimoe_configure(const char * json, char * error, size_t error_size);
 
