@@ -1,5 +1,6 @@
 // Expert kernels against an f32 reference of the dequantised weights: every type, path, group size and odd shape.
-// Argument "quick" leaves out the largest shapes and some repetitions (for sanitizer builds).
+// Argument "quick" leaves out the largest shapes and some repetitions (for sanitizer builds);
+// "threads" runs what several threads do (for the thread sanitizer).
 #include <limits>
 #include <string>
 
@@ -12,6 +13,7 @@ namespace {
 int  n_checks   = 0;
 int  n_failures = 0;
 bool quick      = false;
+bool few_types  = false;
 
 void check(bool ok, const std::string & what) {
     ++n_checks;
@@ -195,8 +197,11 @@ void test_merged_gate_up() {
 
 void test_thread_counts() {
     for (const int32_t type : all_types) {
+        if (few_types && type != type_bf16 && type != type_q4_0 && type != type_q6_k) {
+            continue;
+        }
         model mod;
-        mod.make(type, type, type, 512, 256, 16, ffn_op::swiglu, 77);
+        mod.make(type, type, type, 512, 256, 16, ffn_op::swiglu, 77, 0, false);
         for (const int t : {1, 2, 37}) {
             input in;
             in.make(t, 4, 512, 12);
@@ -444,21 +449,25 @@ void test_router() {
 }  // namespace
 
 int main(int argc, char ** argv) {
-    quick = argc > 1 && std::string(argv[1]) == "quick";
-    test_types_and_shapes();
-    test_mixed_types();
-    test_ops_biases_scales();
-    test_weights_on_input();
-    test_merged_gate_up();
+    const std::string mode = argc > 1 ? argv[1] : "";
+    quick                  = mode == "quick";
+    few_types              = mode == "threads";
+    if (mode != "threads") {
+        test_types_and_shapes();
+        test_mixed_types();
+        test_ops_biases_scales();
+        test_weights_on_input();
+        test_merged_gate_up();
+        test_special_values();
+        test_odd_strides();
+        test_external_types();
+        test_refusals();
+        test_router();
+    }
     test_thread_counts();
     test_order_of_tokens();
     test_passes();
     test_masks();
-    test_special_values();
-    test_odd_strides();
-    test_external_types();
-    test_refusals();
-    test_router();
     printf("%d checks, %d failures, sets:", n_checks, n_failures);
     for (const char * const * name = available_kernel_sets(); *name != nullptr; ++name) {
         printf(" %s", *name);
