@@ -1,5 +1,6 @@
 // Byte layout of ggml's weight blocks, as facts (source: ggml/src/ggml-common.h of llama.cpp). Offsets instead of
-// structs with 16-bit members: a file map only guarantees the alignment of the tensor's start, and MXFP4 blocks are odd.
+// structs with 16-bit members: a file map only guarantees the alignment of the tensor's start, and MXFP4 blocks are
+// odd.
 #pragma once
 
 #include <cstddef>
@@ -10,30 +11,30 @@ namespace hybrimoe::kernels {
 
 // 32 values a block
 struct block_q4_0 {
-    uint8_t d[2], qs[16];  // qs[i]: value i low, value 16 + i high; minus 8
+    uint8_t d[2], qs[16]; // qs[i]: value i low, value 16 + i high; minus 8
 };
 struct block_q4_1 {
     uint8_t d[2], m[2], qs[16];
 };
 struct block_q8_0 {
-    uint8_t d[2], qs[32];  // signed
+    uint8_t d[2], qs[32]; // signed
 };
 struct block_iq4_nl {
-    uint8_t d[2], qs[16];  // nibbles index iq4_values
+    uint8_t d[2], qs[16]; // nibbles index iq4_values
 };
 struct block_mxfp4 {
-    uint8_t e, qs[16];  // exponent E8M0; nibbles index mxfp4_values (doubled E2M1)
+    uint8_t e, qs[16]; // exponent E8M0; nibbles index mxfp4_values (doubled E2M1)
 };
 
 // 256 values a block
 struct block_q4_k {
-    uint8_t d[2], dmin[2], scales[12], qs[128];  // 32 bytes of qs hold group 2j low, 2j + 1 high
+    uint8_t d[2], dmin[2], scales[12], qs[128]; // 32 bytes of qs hold group 2j low, 2j + 1 high
 };
 struct block_q5_k {
-    uint8_t d[2], dmin[2], scales[12], qh[32], qs[128];  // bit g of qh[i] is the fifth bit of value i of group g
+    uint8_t d[2], dmin[2], scales[12], qh[32], qs[128]; // bit g of qh[i] is the fifth bit of value i of group g
 };
 struct block_q6_k {
-    uint8_t ql[128], qh[64], scales[16], d[2];  // scales signed, one per 16 values
+    uint8_t ql[128], qh[64], scales[16], d[2]; // scales signed, one per 16 values
 };
 struct block_iq4_xs {
     uint8_t d[2], scales_h[2], scales_l[4], qs[128];
@@ -97,9 +98,9 @@ static inline float e8m0_half_to_float(uint8_t e) {
 
 // Six-bit scales and mins of Q4_K and Q5_K: 12 bytes to 8 + 8 bytes.
 static inline void unpack_k_scales(const uint8_t * packed, uint8_t scales[8], uint8_t mins[8]) {
-    const uint32_t s0    = load_u32(packed);
-    const uint32_t s1    = load_u32(packed + 4);
-    const uint32_t s2    = load_u32(packed + 8);
+    const uint32_t s0     = load_u32(packed);
+    const uint32_t s1     = load_u32(packed + 4);
+    const uint32_t s2     = load_u32(packed + 8);
     const uint32_t out[4] = {
         s0 & 0x3f3f3f3fu,
         (s2 & 0x0f0f0f0fu) | ((s0 >> 6) & 0x03030303u) << 4,
@@ -110,4 +111,4 @@ static inline void unpack_k_scales(const uint8_t * packed, uint8_t scales[8], ui
     memcpy(mins, out + 2, 8);
 }
 
-}  // namespace hybrimoe::kernels
+} // namespace hybrimoe::kernels

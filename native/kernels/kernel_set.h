@@ -11,8 +11,8 @@ namespace hybrimoe::kernels {
 // 32 values in natural order
 struct row_block32 {
     int8_t q[32];
-    float  d;
-    float  sum;
+    float d;
+    float sum;
 };
 
 // Four blocks of 32, halves apart, so that 16-byte pieces of four weight blocks meet them in one 512-bit register:
@@ -21,17 +21,17 @@ struct row_block32 {
 struct alignas(64) row_unit128 {
     int8_t lo[64];
     int8_t hi[64];
-    float  d[16];
-    float  sum[16];
+    float d[16];
+    float sum[16];
 };
 
 // 256 values in natural order, one scale
 struct alignas(64) row_block256 {
     int8_t q[256];
-    float  sum16[16];
-    float  sum32[8];
-    float  d;
-    float  pad[7];
+    float sum16[16];
+    float sum32[8];
+    float d;
+    float pad[7];
 };
 
 static_assert(sizeof(row_block32) == 40 && sizeof(row_unit128) == 256 && sizeof(row_block256) == 384, "layout");
@@ -43,23 +43,24 @@ constexpr int panel_tokens = 8;
 constexpr int tile_rows    = 16;
 
 struct alignas(32) panel_group32 {
-    int8_t  q[8][panel_tokens][4];
-    // Accumulator starts, -offset sum(q): of weights packed with an offset of 128, and of q4_0, whose offset is the set's
+    int8_t q[8][panel_tokens][4];
+    // Accumulator starts, -offset sum(q): of weights packed with an offset of 128, and of q4_0, whose offset is the
+    // set's
     int32_t start[panel_tokens];
     int32_t start_q4_0[panel_tokens];
-    float   d[panel_tokens];
-    float   d_sum[panel_tokens];  // d sum(q)
+    float d[panel_tokens];
+    float d_sum[panel_tokens]; // d sum(q)
 };
 
 struct alignas(32) panel_group256 {
-    int8_t  q[8][panel_tokens][4];
-    int32_t start_q6_k[2][panel_tokens];  // of the two halves of 16; the offset is the set's
-    int32_t start[panel_tokens];          // offset 128
-    float   sum[panel_tokens];
+    int8_t q[8][panel_tokens][4];
+    int32_t start_q6_k[2][panel_tokens]; // of the two halves of 16; the offset is the set's
+    int32_t start[panel_tokens];         // offset 128
+    float sum[panel_tokens];
 };
 
 struct alignas(32) panel_block256 {
-    float          d[panel_tokens];
+    float d[panel_tokens];
     panel_group256 group[8];
 };
 
@@ -70,8 +71,8 @@ struct alignas(32) panel_block256 {
 
 struct alignas(64) packed_group {
     uint8_t q[8][tile_rows][4];
-    float   a[tile_rows];
-    float   b[tile_rows];  // min, or the scale of the second half for q6_k
+    float a[tile_rows];
+    float b[tile_rows]; // min, or the scale of the second half for q6_k
 };
 
 static_assert(sizeof(panel_group32) == 384 && sizeof(panel_group256) == 384 && sizeof(packed_group) == 640, "layout");
@@ -81,27 +82,27 @@ static_assert(sizeof(panel_group32) == 384 && sizeof(panel_group256) == 384 && s
 // Values of a row packed at a time: small enough that tile and panel stay in a 32 KiB L1 cache.
 constexpr int64_t pack_values_int8  = 1024;
 constexpr int64_t pack_values_float = 256;
-constexpr size_t  pack_bytes        = (pack_values_int8 / 32) * sizeof(packed_group);
+constexpr size_t pack_bytes         = (pack_values_int8 / 32) * sizeof(packed_group);
 static_assert(pack_bytes >= pack_values_float * tile_rows * sizeof(float), "one buffer serves both");
 
 // ---------------------------------------------------------------------------------------------------------------
 // kernels
 
 struct dot_args {
-    const uint8_t * rows;  // first row
-    size_t          row_bytes;
-    int64_t         n_rows;
-    int64_t         n_values;     // per row
-    const void *    x[8];         // activation rows, n_x of them, at most kernel_set::dot_tokens
-    int             n_x;
-    float *         out[8];       // one per activation row, n_rows values each
-    const uint8_t * next;         // where the stream goes on after the last row (for the prefetch); may be nullptr
+    const uint8_t * rows; // first row
+    size_t row_bytes;
+    int64_t n_rows;
+    int64_t n_values;  // per row
+    const void * x[8]; // activation rows, n_x of them, at most kernel_set::dot_tokens
+    int n_x;
+    float * out[8];       // one per activation row, n_rows values each
+    const uint8_t * next; // where the stream goes on after the last row (for the prefetch); may be nullptr
 };
 
 struct tile_source {
-    const uint8_t * rows;  // first row of the tile
-    size_t          row_bytes;
-    int             n_rows;  // 1 to 16; missing rows repeat the last one
+    const uint8_t * rows; // first row of the tile
+    size_t row_bytes;
+    int n_rows; // 1 to 16; missing rows repeat the last one
 };
 
 struct type_kernels {
@@ -117,9 +118,9 @@ struct type_kernels {
 
 struct kernel_set {
     const char * name;
-    int          dot_tokens;     // most tokens of one dot call
-    int          gemm_tokens;    // fewest tokens of an expert that are worth packing (measured with bench_kernels)
-    bool         rows_in_units;  // q8_32 rows are row_unit128, else row_block32
+    int dot_tokens;     // most tokens of one dot call
+    int gemm_tokens;    // fewest tokens of an expert that are worth packing (measured with bench_kernels)
+    bool rows_in_units; // q8_32 rows are row_unit128, else row_block32
 
     // row: row_unit128 / row_block32 / row_block256, n a multiple of 32 / 256
     void (*quantize_32)(const float * x, int64_t n, void * row);
@@ -134,7 +135,7 @@ struct kernel_set {
     // y = (first ? 0 : y) + w x
     void (*add_scaled)(float * y, const float * x, float w, int64_t n, bool first);
 
-    const type_kernels * types;  // ends with type -1
+    const type_kernels * types; // ends with type -1
 };
 
 const type_kernels * find_kernels(const kernel_set * ks, int32_t type);
@@ -149,12 +150,12 @@ extern const kernel_set kernels_avx512;
 // Scalar pieces used by more than one set
 struct group32 {
     int16_t q[32];
-    float   a[2];  // of the two halves
-    float   b;     // w = a q + b
+    float a[2]; // of the two halves
+    float b;    // w = a q + b
 };
 
 // Group `group` of 32 values of a quantised row.
 void unpack_group(int32_t type, const uint8_t * row, int64_t group, group32 * out);
 void glu_scalar(ffn_op op, float alpha, float limit, const float * gate, const float * up, float * out, int64_t n);
 
-}  // namespace hybrimoe::kernels
+} // namespace hybrimoe::kernels

@@ -18,19 +18,33 @@ constexpr bool has_vnni = true;
 constexpr bool has_vnni = false;
 #endif
 
-constexpr int   ahead_bytes   = 3072;
+constexpr int ahead_bytes     = 3072;
 constexpr float smallest_amax = 1e-36f;
 constexpr float largest_float = 3.402823466e+38f;
 
-inline __m128i load128(const void * p) { return _mm_loadu_si128(static_cast<const __m128i *>(p)); }
-inline __m256i load256(const void * p) { return _mm256_loadu_si256(static_cast<const __m256i *>(p)); }
-inline __m256i set128(__m128i low, __m128i high) { return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1); }
-inline float   half_at(const uint8_t * p) { return _cvtsh_ss(load_u16(p)); }
+inline __m128i load128(const void * p) {
+    return _mm_loadu_si128(static_cast<const __m128i *>(p));
+}
+inline __m256i load256(const void * p) {
+    return _mm256_loadu_si256(static_cast<const __m256i *>(p));
+}
+inline __m256i set128(__m128i low, __m128i high) {
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+}
+inline float half_at(const uint8_t * p) {
+    return _cvtsh_ss(load_u16(p));
+}
 
-inline __m256i low_nibbles(__m256i v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
-inline __m256i high_nibbles(__m256i v) { return _mm256_and_si256(_mm256_srli_epi16(v, 4), _mm256_set1_epi8(15)); }
+inline __m256i low_nibbles(__m256i v) {
+    return _mm256_and_si256(v, _mm256_set1_epi8(15));
+}
+inline __m256i high_nibbles(__m256i v) {
+    return _mm256_and_si256(_mm256_srli_epi16(v, 4), _mm256_set1_epi8(15));
+}
 
-inline __m256i table_of(const int8_t * values) { return _mm256_broadcastsi128_si256(load128(values)); }
+inline __m256i table_of(const int8_t * values) {
+    return _mm256_broadcastsi128_si256(load128(values));
+}
 
 // The 16 bytes of a 4-bit block as 32 values in order
 inline __m256i nibbles(const uint8_t * p) {
@@ -40,13 +54,16 @@ inline __m256i nibbles(const uint8_t * p) {
 
 // Signed bytes of a wide type as this instruction set wants them; wide_zero is what was added.
 constexpr float wide_zero = has_vnni ? 128.0f : 0.0f;
-inline __m256i  wide(__m256i v) { return has_vnni ? _mm256_xor_si256(v, _mm256_set1_epi8(-128)) : v; }
+inline __m256i wide(__m256i v) {
+    return has_vnni ? _mm256_xor_si256(v, _mm256_set1_epi8(-128)) : v;
+}
 
-inline __m256i widen_pairs(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
+inline __m256i widen_pairs(__m256i pairs) {
+    return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
 
 // Sums of four products
-template <bool is_wide>
-inline __m256i products(__m256i w, __m256i x) {
+template <bool is_wide> inline __m256i products(__m256i w, __m256i x) {
 #ifdef __AVXVNNI__
     return _mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), w, x);
 #else
@@ -74,8 +91,7 @@ inline const uint8_t * ahead_of(const dot_args & args, const uint8_t * row) {
     return args.next != nullptr ? args.next + (p - end) : row;
 }
 
-template <int bytes>
-inline void prefetch(const uint8_t * p) {
+template <int bytes> inline void prefetch(const uint8_t * p) {
     for (int i = 0; i < bytes; i += 64) {
         _mm_prefetch(reinterpret_cast<const char *>(p + i), _MM_HINT_T0);
     }
@@ -85,45 +101,45 @@ inline void prefetch(const uint8_t * p) {
 // row-stream dot, 32 values a block: w = d (q - zero) + min
 
 struct unit_q4_0 {
-    static constexpr int   bytes = sizeof(block_q4_0);
-    static constexpr float zero  = 8.0f;
-    static constexpr bool  is_wide = false, has_min = false;
+    static constexpr int bytes    = sizeof(block_q4_0);
+    static constexpr float zero   = 8.0f;
+    static constexpr bool is_wide = false, has_min = false;
     static __m256i q(const uint8_t * p) { return nibbles(p + 2); }
-    static float   d(const uint8_t * p) { return half_at(p); }
-    static float   min(const uint8_t *) { return 0.0f; }
+    static float d(const uint8_t * p) { return half_at(p); }
+    static float min(const uint8_t *) { return 0.0f; }
 };
 
 struct unit_q4_1 {
-    static constexpr int   bytes = sizeof(block_q4_1);
-    static constexpr float zero  = 0.0f;
-    static constexpr bool  is_wide = false, has_min = true;
+    static constexpr int bytes    = sizeof(block_q4_1);
+    static constexpr float zero   = 0.0f;
+    static constexpr bool is_wide = false, has_min = true;
     static __m256i q(const uint8_t * p) { return nibbles(p + 4); }
-    static float   d(const uint8_t * p) { return half_at(p); }
-    static float   min(const uint8_t * p) { return half_at(p + 2); }
+    static float d(const uint8_t * p) { return half_at(p); }
+    static float min(const uint8_t * p) { return half_at(p + 2); }
 };
 
 struct unit_q8_0 {
-    static constexpr int   bytes = sizeof(block_q8_0);
-    static constexpr float zero  = wide_zero;
-    static constexpr bool  is_wide = true, has_min = false;
+    static constexpr int bytes    = sizeof(block_q8_0);
+    static constexpr float zero   = wide_zero;
+    static constexpr bool is_wide = true, has_min = false;
     static __m256i q(const uint8_t * p) { return wide(load256(p + 2)); }
-    static float   d(const uint8_t * p) { return half_at(p); }
-    static float   min(const uint8_t *) { return 0.0f; }
+    static float d(const uint8_t * p) { return half_at(p); }
+    static float min(const uint8_t *) { return 0.0f; }
 };
 
 struct unit_iq4_nl {
-    static constexpr int   bytes = sizeof(block_iq4_nl);
-    static constexpr float zero  = wide_zero;
-    static constexpr bool  is_wide = true, has_min = false;
+    static constexpr int bytes    = sizeof(block_iq4_nl);
+    static constexpr float zero   = wide_zero;
+    static constexpr bool is_wide = true, has_min = false;
     static __m256i q(const uint8_t * p) { return wide(_mm256_shuffle_epi8(table_of(iq4_values), nibbles(p + 2))); }
-    static float   d(const uint8_t * p) { return half_at(p); }
-    static float   min(const uint8_t *) { return 0.0f; }
+    static float d(const uint8_t * p) { return half_at(p); }
+    static float min(const uint8_t *) { return 0.0f; }
 };
 
 struct unit_mxfp4 {
-    static constexpr int   bytes = sizeof(block_mxfp4);
-    static constexpr float zero  = 12.0f;
-    static constexpr bool  is_wide = false, has_min = false;
+    static constexpr int bytes    = sizeof(block_mxfp4);
+    static constexpr float zero   = 12.0f;
+    static constexpr bool is_wide = false, has_min = false;
     static __m256i q(const uint8_t * p) {
         return _mm256_add_epi8(_mm256_shuffle_epi8(table_of(mxfp4_values), nibbles(p + 1)), _mm256_set1_epi8(12));
     }
@@ -134,19 +150,18 @@ struct unit_mxfp4 {
 template <class unit, int n_x>
 inline void add_unit(const uint8_t * p, const row_block32 * const * x, int64_t b, __m256 * sum, float * offset) {
     const __m256i q = unit::q(p);
-    const float   d = unit::d(p);
+    const float d   = unit::d(p);
     for (int t = 0; t < n_x; ++t) {
         const row_block32 & xb = x[t][b];
-        const float         s  = d * xb.d;
-        const __m256i       v  = products<unit::is_wide>(q, load256(xb.q));
+        const float s          = d * xb.d;
+        const __m256i v        = products<unit::is_wide>(q, load256(xb.q));
         sum[t]                 = _mm256_fmadd_ps(_mm256_cvtepi32_ps(v), _mm256_set1_ps(s), sum[t]);
         offset[t] += (unit::has_min ? unit::min(p) * xb.d : s) * xb.sum;
     }
 }
 
-template <class unit, int n_x>
-void dot_units(const dot_args & args) {
-    const int64_t       n_blocks = args.n_values / 32;
+template <class unit, int n_x> void dot_units(const dot_args & args) {
+    const int64_t n_blocks = args.n_values / 32;
     const row_block32 * x[n_x];
     for (int t = 0; t < n_x; ++t) {
         x[t] = static_cast<const row_block32 *>(args.x[t]);
@@ -154,8 +169,8 @@ void dot_units(const dot_args & args) {
     for (int64_t r = 0; r < args.n_rows; ++r) {
         const uint8_t * p     = args.rows + static_cast<size_t>(r) * args.row_bytes;
         const uint8_t * fetch = ahead_of(args, p);
-        __m256          sum[n_x];
-        float           offset[n_x] = {};
+        __m256 sum[n_x];
+        float offset[n_x] = {};
         for (int t = 0; t < n_x; ++t) {
             sum[t] = _mm256_setzero_ps();
         }
@@ -175,8 +190,7 @@ void dot_units(const dot_args & args) {
     }
 }
 
-template <class unit>
-void dot_32(const dot_args & args) {
+template <class unit> void dot_32(const dot_args & args) {
     args.n_x == 1 ? dot_units<unit, 1>(args) : dot_units<unit, 2>(args);
 }
 
@@ -195,9 +209,8 @@ inline void store_bytes_as_floats(const uint8_t * bytes, float factor, float * o
     _mm256_store_ps(out, _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(v)), _mm256_set1_ps(factor)));
 }
 
-template <class block_q45, bool fifth_bit>
-struct block_dot_q45_k {
-    static constexpr int  bytes   = sizeof(block_q45);
+template <class block_q45, bool fifth_bit> struct block_dot_q45_k {
+    static constexpr int bytes    = sizeof(block_q45);
     static constexpr bool is_wide = false, halves = false;
     static void unpack(const uint8_t * p, unpacked_256 & u) {
         uint8_t scales[8];
@@ -223,13 +236,13 @@ struct block_dot_q45_k {
 };
 
 struct dot_q6_k {
-    static constexpr int  bytes   = sizeof(block_q6_k);
+    static constexpr int bytes    = sizeof(block_q6_k);
     static constexpr bool is_wide = false, halves = true;
     static void unpack(const uint8_t * p, unpacked_256 & u) {
         const __m128i scales = load128(p + 192);
-        const __m256  d      = _mm256_set1_ps(half_at(p + 208));
-        const __m256  s0     = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(scales)), d);
-        const __m256  s1     = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(scales, 8))), d);
+        const __m256 d       = _mm256_set1_ps(half_at(p + 208));
+        const __m256 s0      = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(scales)), d);
+        const __m256 s1      = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(scales, 8))), d);
         _mm256_store_ps(u.scale, s0);
         _mm256_store_ps(u.scale + 8, s1);
         _mm256_store_ps(u.offset, _mm256_mul_ps(s0, _mm256_set1_ps(-32.0f)));
@@ -239,18 +252,18 @@ struct dot_q6_k {
             const __m256i l0 = load256(p + 64 * half);
             const __m256i l1 = load256(p + 64 * half + 32);
             const __m256i h  = load256(p + 128 + 32 * half);
-            __m256i *     q  = u.q + 4 * half;
-            q[0] = _mm256_or_si256(low_nibbles(l0), _mm256_and_si256(_mm256_slli_epi16(h, 4), top));
-            q[1] = _mm256_or_si256(low_nibbles(l1), _mm256_and_si256(_mm256_slli_epi16(h, 2), top));
-            q[2] = _mm256_or_si256(high_nibbles(l0), _mm256_and_si256(h, top));
-            q[3] = _mm256_or_si256(high_nibbles(l1), _mm256_and_si256(_mm256_srli_epi16(h, 2), top));
+            __m256i * q      = u.q + 4 * half;
+            q[0]             = _mm256_or_si256(low_nibbles(l0), _mm256_and_si256(_mm256_slli_epi16(h, 4), top));
+            q[1]             = _mm256_or_si256(low_nibbles(l1), _mm256_and_si256(_mm256_slli_epi16(h, 2), top));
+            q[2]             = _mm256_or_si256(high_nibbles(l0), _mm256_and_si256(h, top));
+            q[3]             = _mm256_or_si256(high_nibbles(l1), _mm256_and_si256(_mm256_srli_epi16(h, 2), top));
         }
     }
 };
 
 inline void iq4_xs_scales(const uint8_t * p, float * scale) {
     const uint32_t high = load_u16(p + 2);
-    const float    d    = half_at(p);
+    const float d       = half_at(p);
     for (int g = 0; g < 8; ++g) {
         const auto low = static_cast<uint32_t>(p[4 + g / 2] >> (4 * (g % 2)) & 15);
         scale[g]       = d * static_cast<float>(static_cast<int>(low | (high >> (2 * g) & 3) << 4) - 32);
@@ -258,7 +271,7 @@ inline void iq4_xs_scales(const uint8_t * p, float * scale) {
 }
 
 struct dot_iq4_xs {
-    static constexpr int  bytes   = sizeof(block_iq4_xs);
+    static constexpr int bytes    = sizeof(block_iq4_xs);
     static constexpr bool is_wide = true, halves = false;
     static void unpack(const uint8_t * p, unpacked_256 & u) {
         iq4_xs_scales(p, u.scale);
@@ -270,16 +283,15 @@ struct dot_iq4_xs {
 };
 
 // Scale g over a register, or scales 2g and 2g + 1 over its halves
-template <bool halves>
-inline __m256 scale_of(const float * scale, int g) {
+template <bool halves> inline __m256 scale_of(const float * scale, int g) {
     if (halves) {
-        return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_set1_ps(scale[2 * g])), _mm_set1_ps(scale[2 * g + 1]), 1);
+        return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_set1_ps(scale[2 * g])), _mm_set1_ps(scale[2 * g + 1]),
+                                    1);
     }
     return _mm256_set1_ps(scale[g]);
 }
 
-template <class block, int n_x>
-void dot_blocks(const dot_args & args) {
+template <class block, int n_x> void dot_blocks(const dot_args & args) {
     const row_block256 * x[n_x];
     for (int t = 0; t < n_x; ++t) {
         x[t] = static_cast<const row_block256 *>(args.x[t]);
@@ -287,7 +299,7 @@ void dot_blocks(const dot_args & args) {
     for (int64_t r = 0; r < args.n_rows; ++r) {
         const uint8_t * p     = args.rows + static_cast<size_t>(r) * args.row_bytes;
         const uint8_t * fetch = ahead_of(args, p);
-        __m256          sum[n_x];
+        __m256 sum[n_x];
         for (int t = 0; t < n_x; ++t) {
             sum[t] = _mm256_setzero_ps();
         }
@@ -296,14 +308,15 @@ void dot_blocks(const dot_args & args) {
             unpacked_256 u;
             block::unpack(p, u);
             for (int t = 0; t < n_x; ++t) {
-                const row_block256 & xb   = x[t][b];
-                __m256               part = _mm256_mul_ps(_mm256_load_ps(u.offset), _mm256_load_ps(block::halves ? xb.sum16 : xb.sum32));
+                const row_block256 & xb = x[t][b];
+                __m256 part =
+                    _mm256_mul_ps(_mm256_load_ps(u.offset), _mm256_load_ps(block::halves ? xb.sum16 : xb.sum32));
                 if (block::halves) {
                     part = _mm256_fmadd_ps(_mm256_load_ps(u.offset + 8), _mm256_load_ps(xb.sum16 + 8), part);
                 }
                 for (int g = 0; g < 8; ++g) {
                     const __m256i v = products<block::is_wide>(u.q[g], load256(xb.q + 32 * g));
-                    part = _mm256_fmadd_ps(_mm256_cvtepi32_ps(v), scale_of<block::halves>(u.scale, g), part);
+                    part            = _mm256_fmadd_ps(_mm256_cvtepi32_ps(v), scale_of<block::halves>(u.scale, g), part);
                 }
                 sum[t] = _mm256_fmadd_ps(part, _mm256_set1_ps(xb.d), sum[t]);
             }
@@ -314,18 +327,18 @@ void dot_blocks(const dot_args & args) {
     }
 }
 
-template <class block>
-void dot_256(const dot_args & args) {
+template <class block> void dot_256(const dot_args & args) {
     args.n_x == 1 ? dot_blocks<block, 1>(args) : dot_blocks<block, 2>(args);
 }
 
 // ---------------------------------------------------------------------------------------------------------------
 // row-stream dot, float types
 
-constexpr int float_bytes(int type) { return type == type_f32 ? 4 : 2; }
+constexpr int float_bytes(int type) {
+    return type == type_f32 ? 4 : 2;
+}
 
-template <int type>
-inline __m256 load_floats(const uint8_t * row, int64_t i) {
+template <int type> inline __m256 load_floats(const uint8_t * row, int64_t i) {
     if constexpr (type == type_f32) {
         return _mm256_loadu_ps(reinterpret_cast<const float *>(row + 4 * i));
     } else if constexpr (type == type_f16) {
@@ -335,8 +348,7 @@ inline __m256 load_floats(const uint8_t * row, int64_t i) {
     }
 }
 
-template <int type>
-inline float load_float(const uint8_t * row, int64_t i) {
+template <int type> inline float load_float(const uint8_t * row, int64_t i) {
     if constexpr (type == type_f32) {
         return bits_to_float(load_u32(row + 4 * i));
     } else if constexpr (type == type_f16) {
@@ -346,12 +358,11 @@ inline float load_float(const uint8_t * row, int64_t i) {
     }
 }
 
-template <int type, int n_x>
-void dot_floats(const dot_args & args) {
+template <int type, int n_x> void dot_floats(const dot_args & args) {
     for (int64_t r = 0; r < args.n_rows; ++r) {
         const uint8_t * row   = args.rows + static_cast<size_t>(r) * args.row_bytes;
         const uint8_t * fetch = ahead_of(args, row);
-        __m256          sum[n_x][4];
+        __m256 sum[n_x][4];
         for (int t = 0; t < n_x; ++t) {
             for (int j = 0; j < 4; ++j) {
                 sum[t][j] = _mm256_setzero_ps();
@@ -363,12 +374,14 @@ void dot_floats(const dot_args & args) {
             for (int j = 0; j < 4; ++j) {
                 const __m256 w = load_floats<type>(row, i + 8 * j);
                 for (int t = 0; t < n_x; ++t) {
-                    sum[t][j] = _mm256_fmadd_ps(w, _mm256_loadu_ps(static_cast<const float *>(args.x[t]) + i + 8 * j), sum[t][j]);
+                    sum[t][j] = _mm256_fmadd_ps(w, _mm256_loadu_ps(static_cast<const float *>(args.x[t]) + i + 8 * j),
+                                                sum[t][j]);
                 }
             }
         }
         for (int t = 0; t < n_x; ++t) {
-            float total = sum_of(_mm256_add_ps(_mm256_add_ps(sum[t][0], sum[t][1]), _mm256_add_ps(sum[t][2], sum[t][3])));
+            float total =
+                sum_of(_mm256_add_ps(_mm256_add_ps(sum[t][0], sum[t][1]), _mm256_add_ps(sum[t][2], sum[t][3])));
             for (int64_t k = i; k < args.n_values; ++k) {
                 total += load_float<type>(row, k) * static_cast<const float *>(args.x[t])[k];
             }
@@ -377,8 +390,7 @@ void dot_floats(const dot_args & args) {
     }
 }
 
-template <int type>
-void dot_float(const dot_args & args) {
+template <int type> void dot_float(const dot_args & args) {
     args.n_x == 1 ? dot_floats<type, 1>(args) : dot_floats<type, 2>(args);
 }
 
@@ -398,24 +410,24 @@ struct tile {
     // 16 bytes at `at` of rows 8 half .. 8 half + 7: out[c] holds dword c of the rows
     void transpose16(int64_t at, int half, __m256i out[4]) const {
         const uint8_t * const * p = row + 8 * half;
-        const __m256i a   = set128(load128(p[0] + at), load128(p[4] + at));
-        const __m256i b   = set128(load128(p[1] + at), load128(p[5] + at));
-        const __m256i c   = set128(load128(p[2] + at), load128(p[6] + at));
-        const __m256i d   = set128(load128(p[3] + at), load128(p[7] + at));
-        const __m256i ab0 = _mm256_unpacklo_epi32(a, b);
-        const __m256i ab1 = _mm256_unpackhi_epi32(a, b);
-        const __m256i cd0 = _mm256_unpacklo_epi32(c, d);
-        const __m256i cd1 = _mm256_unpackhi_epi32(c, d);
-        out[0]            = _mm256_unpacklo_epi64(ab0, cd0);
-        out[1]            = _mm256_unpackhi_epi64(ab0, cd0);
-        out[2]            = _mm256_unpacklo_epi64(ab1, cd1);
-        out[3]            = _mm256_unpackhi_epi64(ab1, cd1);
+        const __m256i a           = set128(load128(p[0] + at), load128(p[4] + at));
+        const __m256i b           = set128(load128(p[1] + at), load128(p[5] + at));
+        const __m256i c           = set128(load128(p[2] + at), load128(p[6] + at));
+        const __m256i d           = set128(load128(p[3] + at), load128(p[7] + at));
+        const __m256i ab0         = _mm256_unpacklo_epi32(a, b);
+        const __m256i ab1         = _mm256_unpackhi_epi32(a, b);
+        const __m256i cd0         = _mm256_unpacklo_epi32(c, d);
+        const __m256i cd1         = _mm256_unpackhi_epi32(c, d);
+        out[0]                    = _mm256_unpacklo_epi64(ab0, cd0);
+        out[1]                    = _mm256_unpackhi_epi64(ab0, cd0);
+        out[2]                    = _mm256_unpacklo_epi64(ab1, cd1);
+        out[3]                    = _mm256_unpackhi_epi64(ab1, cd1);
     }
 
     // The two bytes at `at` of 8 rows, as floats
     __m256 halves(int64_t at, int half) const {
         const uint8_t * const * p = row + 8 * half;
-        alignas(16) uint16_t    h[8];
+        alignas(16) uint16_t h[8];
         for (int r = 0; r < 8; ++r) {
             h[r] = load_u16(p[r] + at);
         }
@@ -446,7 +458,7 @@ inline void store_halves(const tile & w, int64_t at, float * out) {
 
 void pack_q4_0(const tile_source & source, int64_t first_value, int64_t n_values, void * packed) {
     const tile w(source);
-    auto *     out = static_cast<packed_group *>(packed);
+    auto * out = static_cast<packed_group *>(packed);
     for (int64_t g = 0; g < n_values / 32; ++g) {
         const int64_t at = (first_value / 32 + g) * static_cast<int64_t>(sizeof(block_q4_0));
         pack_nibbles(w, at + 2, out + g, [](__m256i v) { return v; });
@@ -456,7 +468,7 @@ void pack_q4_0(const tile_source & source, int64_t first_value, int64_t n_values
 
 void pack_q4_1(const tile_source & source, int64_t first_value, int64_t n_values, void * packed) {
     const tile w(source);
-    auto *     out = static_cast<packed_group *>(packed);
+    auto * out = static_cast<packed_group *>(packed);
     for (int64_t g = 0; g < n_values / 32; ++g) {
         const int64_t at = (first_value / 32 + g) * static_cast<int64_t>(sizeof(block_q4_1));
         pack_nibbles(w, at + 4, out + g, [](__m256i v) { return v; });
@@ -466,9 +478,9 @@ void pack_q4_1(const tile_source & source, int64_t first_value, int64_t n_values
 }
 
 void pack_iq4_nl(const tile_source & source, int64_t first_value, int64_t n_values, void * packed) {
-    const tile    w(source);
+    const tile w(source);
     const __m256i table = table_of(iq4_values);
-    auto *        out   = static_cast<packed_group *>(packed);
+    auto * out          = static_cast<packed_group *>(packed);
     for (int64_t g = 0; g < n_values / 32; ++g) {
         const int64_t at = (first_value / 32 + g) * static_cast<int64_t>(sizeof(block_iq4_nl));
         pack_nibbles(w, at + 2, out + g, [table](__m256i v) { return wide(_mm256_shuffle_epi8(table, v)); });
@@ -477,9 +489,9 @@ void pack_iq4_nl(const tile_source & source, int64_t first_value, int64_t n_valu
 }
 
 void pack_mxfp4(const tile_source & source, int64_t first_value, int64_t n_values, void * packed) {
-    const tile    w(source);
+    const tile w(source);
     const __m256i table = _mm256_add_epi8(table_of(mxfp4_values), _mm256_set1_epi8(16));
-    auto *        out   = static_cast<packed_group *>(packed);
+    auto * out          = static_cast<packed_group *>(packed);
     for (int64_t g = 0; g < n_values / 32; ++g) {
         const int64_t at = (first_value / 32 + g) * static_cast<int64_t>(sizeof(block_mxfp4));
         pack_nibbles(w, at + 1, out + g, [table](__m256i v) { return _mm256_shuffle_epi8(table, v); });
@@ -491,7 +503,7 @@ void pack_mxfp4(const tile_source & source, int64_t first_value, int64_t n_value
 
 void pack_q8_0(const tile_source & source, int64_t first_value, int64_t n_values, void * packed) {
     const tile w(source);
-    auto *     out = static_cast<packed_group *>(packed);
+    auto * out = static_cast<packed_group *>(packed);
     for (int64_t g = 0; g < n_values / 32; ++g) {
         const int64_t at = (first_value / 32 + g) * static_cast<int64_t>(sizeof(block_q8_0));
         for (int half = 0; half < 2; ++half) {
@@ -519,15 +531,15 @@ inline __m256 signed_byte_as_float(__m256i v, int i) {
 inline void pack_k_scales(const tile & w, int64_t at, int half, packed_group * out) {
     __m256i v[4];
     w.transpose16(at, half, v);
-    const __m256i m6   = _mm256_set1_epi32(0x3f3f3f3f);
-    const __m256i m4   = _mm256_set1_epi32(0x0f0f0f0f);
-    const __m256i m2   = _mm256_set1_epi32(0x03030303);
-    const auto    top2 = [m2](__m256i x) { return _mm256_slli_epi32(_mm256_and_si256(_mm256_srli_epi32(x, 6), m2), 4); };
+    const __m256i m6 = _mm256_set1_epi32(0x3f3f3f3f);
+    const __m256i m4 = _mm256_set1_epi32(0x0f0f0f0f);
+    const __m256i m2 = _mm256_set1_epi32(0x03030303);
+    const auto top2  = [m2](__m256i x) { return _mm256_slli_epi32(_mm256_and_si256(_mm256_srli_epi32(x, 6), m2), 4); };
     const __m256i scales[2] = {_mm256_and_si256(v[1], m6), _mm256_or_si256(_mm256_and_si256(v[3], m4), top2(v[1]))};
     const __m256i mins[2]   = {_mm256_and_si256(v[2], m6),
                                _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi32(v[3], 4), m4), top2(v[2]))};
-    const __m256  d          = w.halves(at, half);
-    const __m256  minus_dmin = _mm256_sub_ps(_mm256_setzero_ps(), w.halves(at + 2, half));
+    const __m256 d          = w.halves(at, half);
+    const __m256 minus_dmin = _mm256_sub_ps(_mm256_setzero_ps(), w.halves(at + 2, half));
     for (int g = 0; g < 8; ++g) {
         _mm256_store_ps(out[g].a + 8 * half, _mm256_mul_ps(d, byte_as_float(scales[g / 4], g % 4)));
         _mm256_store_ps(out[g].b + 8 * half, _mm256_mul_ps(minus_dmin, byte_as_float(mins[g / 4], g % 4)));
@@ -536,12 +548,12 @@ inline void pack_k_scales(const tile & w, int64_t at, int half, packed_group * o
 
 template <class block_q45, bool fifth_bit>
 void pack_q45_k(const tile_source & source, int64_t first_value, int64_t n_values, void * packed) {
-    const tile    w(source);
+    const tile w(source);
     const __m256i bit5 = _mm256_set1_epi8(16);
-    auto *        out  = static_cast<packed_group *>(packed);
+    auto * out         = static_cast<packed_group *>(packed);
     for (int64_t i = 0; i < n_values / 128; ++i) {
-        const int64_t at    = (first_value / 256 + i / 2) * static_cast<int64_t>(sizeof(block_q45));
-        const int     half  = static_cast<int>(i % 2);
+        const int64_t at     = (first_value / 256 + i / 2) * static_cast<int64_t>(sizeof(block_q45));
+        const int half       = static_cast<int>(i % 2);
         packed_group * group = out + i / 2 * 8;
         pack_k_scales(w, at, half, group);
         __m256i qh[8];
@@ -554,9 +566,9 @@ void pack_q45_k(const tile_source & source, int64_t first_value, int64_t n_value
             __m256i v[4];
             w.transpose16(qs + 16 * j, half, v);
             for (int c = 0; c < 4; ++c) {
-                __m256i   lo = low_nibbles(v[c]);
-                __m256i   hi = high_nibbles(v[c]);
-                const int k  = 4 * (j % 2) + c;
+                __m256i lo  = low_nibbles(v[c]);
+                __m256i hi  = high_nibbles(v[c]);
+                const int k = 4 * (j % 2) + c;
                 if (fifth_bit) {
                     const __m256i h = _mm256_srl_epi16(qh[k], _mm_cvtsi32_si128(j / 2 * 2));
                     lo              = _mm256_or_si256(lo, _mm256_and_si256(_mm256_slli_epi16(h, 4), bit5));
@@ -570,13 +582,13 @@ void pack_q45_k(const tile_source & source, int64_t first_value, int64_t n_value
 }
 
 void pack_q6_k(const tile_source & source, int64_t first_value, int64_t n_values, void * packed) {
-    const tile    w(source);
+    const tile w(source);
     const __m256i top = _mm256_set1_epi8(0x30);
-    auto *        out = static_cast<packed_group *>(packed);
+    auto * out        = static_cast<packed_group *>(packed);
     for (int64_t i = 0; i < n_values / 128; ++i) {
-        const int64_t at   = (first_value / 256 + i / 2) * static_cast<int64_t>(sizeof(block_q6_k));
-        const int     half = static_cast<int>(i % 2);
-        __m256i       scales[4];
+        const int64_t at = (first_value / 256 + i / 2) * static_cast<int64_t>(sizeof(block_q6_k));
+        const int half   = static_cast<int>(i % 2);
+        __m256i scales[4];
         w.transpose16(at + 192, half, scales);
         const __m256 d = w.halves(at + 208, half);
         for (int g = 0; g < 8; ++g) {
@@ -586,15 +598,15 @@ void pack_q6_k(const tile_source & source, int64_t first_value, int64_t n_values
         }
         for (int j = 0; j < 4; ++j) {
             packed_group * group = out + i / 2 * 8 + j / 2 * 4;
-            const int64_t  ql    = at + 64 * (j / 2) + 16 * (j % 2);
-            __m256i        l0[4];
-            __m256i        l1[4];
-            __m256i        h[4];
+            const int64_t ql     = at + 64 * (j / 2) + 16 * (j % 2);
+            __m256i l0[4];
+            __m256i l1[4];
+            __m256i h[4];
             w.transpose16(ql, half, l0);
             w.transpose16(ql + 32, half, l1);
             w.transpose16(at + 128 + 16 * j, half, h);
             for (int c = 0; c < 4; ++c) {
-                const int     k  = 4 * (j % 2) + c;
+                const int k      = 4 * (j % 2) + c;
                 const __m256i h0 = _mm256_and_si256(_mm256_slli_epi16(h[c], 4), top);
                 const __m256i h1 = _mm256_and_si256(_mm256_slli_epi16(h[c], 2), top);
                 const __m256i h2 = _mm256_and_si256(h[c], top);
@@ -609,9 +621,9 @@ void pack_q6_k(const tile_source & source, int64_t first_value, int64_t n_values
 }
 
 void pack_iq4_xs(const tile_source & source, int64_t first_value, int64_t n_values, void * packed) {
-    const tile    w(source);
+    const tile w(source);
     const __m256i table = table_of(iq4_values);
-    auto *        out   = static_cast<packed_group *>(packed);
+    auto * out          = static_cast<packed_group *>(packed);
     for (int64_t b = 0; b < n_values / 256; ++b, out += 8) {
         const int64_t at = (first_value / 256 + b) * static_cast<int64_t>(sizeof(block_iq4_xs));
         for (int r = 0; r < 16; ++r) {
@@ -622,29 +634,30 @@ void pack_iq4_xs(const tile_source & source, int64_t first_value, int64_t n_valu
             }
         }
         for (int g = 0; g < 8; ++g) {
-            pack_nibbles(w, at + 8 + 16 * g, out + g, [table](__m256i v) { return wide(_mm256_shuffle_epi8(table, v)); });
+            pack_nibbles(w, at + 8 + 16 * g, out + g,
+                         [table](__m256i v) { return wide(_mm256_shuffle_epi8(table, v)); });
         }
     }
 }
 
-template <int type>
-void pack_float(const tile_source & source, int64_t first_value, int64_t n_values, void * packed) {
+template <int type> void pack_float(const tile_source & source, int64_t first_value, int64_t n_values, void * packed) {
     const tile w(source);
-    auto *     out = static_cast<float *>(packed);
-    int64_t    i   = 0;
+    auto * out = static_cast<float *>(packed);
+    int64_t i  = 0;
     for (; i + 8 <= n_values; i += 8) {
         for (int q = 0; q < 4; ++q) {
             // rows 4q..4q+3, values i..i+7: 4 x 4 transposes in both lanes
-            const __m256 v0 = load_floats<type>(w.row[4 * q], first_value + i);
-            const __m256 v1 = load_floats<type>(w.row[4 * q + 1], first_value + i);
-            const __m256 v2 = load_floats<type>(w.row[4 * q + 2], first_value + i);
-            const __m256 v3 = load_floats<type>(w.row[4 * q + 3], first_value + i);
-            const __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(v0, v1));
-            const __m256d b = _mm256_castps_pd(_mm256_unpackhi_ps(v0, v1));
-            const __m256d c = _mm256_castps_pd(_mm256_unpacklo_ps(v2, v3));
-            const __m256d d = _mm256_castps_pd(_mm256_unpackhi_ps(v2, v3));
-            const __m256  t[4] = {_mm256_castpd_ps(_mm256_unpacklo_pd(a, c)), _mm256_castpd_ps(_mm256_unpackhi_pd(a, c)),
-                                  _mm256_castpd_ps(_mm256_unpacklo_pd(b, d)), _mm256_castpd_ps(_mm256_unpackhi_pd(b, d))};
+            const __m256 v0   = load_floats<type>(w.row[4 * q], first_value + i);
+            const __m256 v1   = load_floats<type>(w.row[4 * q + 1], first_value + i);
+            const __m256 v2   = load_floats<type>(w.row[4 * q + 2], first_value + i);
+            const __m256 v3   = load_floats<type>(w.row[4 * q + 3], first_value + i);
+            const __m256d a   = _mm256_castps_pd(_mm256_unpacklo_ps(v0, v1));
+            const __m256d b   = _mm256_castps_pd(_mm256_unpackhi_ps(v0, v1));
+            const __m256d c   = _mm256_castps_pd(_mm256_unpacklo_ps(v2, v3));
+            const __m256d d   = _mm256_castps_pd(_mm256_unpackhi_ps(v2, v3));
+            const __m256 t[4] = {_mm256_castpd_ps(_mm256_unpacklo_pd(a, c)), _mm256_castpd_ps(_mm256_unpackhi_pd(a, c)),
+                                 _mm256_castpd_ps(_mm256_unpacklo_pd(b, d)),
+                                 _mm256_castpd_ps(_mm256_unpackhi_pd(b, d))};
             for (int j = 0; j < 4; ++j) {
                 float * to = out + (i + j) * tile_rows + 4 * q;
                 _mm_store_ps(to, _mm256_castps256_ps128(t[j]));
@@ -662,40 +675,39 @@ void pack_float(const tile_source & source, int64_t first_value, int64_t n_value
 // ---------------------------------------------------------------------------------------------------------------
 // the 16 x 4 tile: two registers of rows, four tokens at a time
 
-// steps: how many 16-bit pairs of products may be added before they are widened. zero_shift: accumulators start from the
-// panel's value shifted right by so much; -1: from zero.
-template <bool is_wide_, int steps_, int zero_shift_, bool q4_0_ = false>
-struct byte_kind {
-    static constexpr bool q4_0       = q4_0_;
-    static constexpr bool is_wide    = is_wide_;
-    static constexpr int  steps      = steps_;
-    static constexpr int  zero_shift = zero_shift_;
+// steps: how many 16-bit pairs of products may be added before they are widened. zero_shift: accumulators start from
+// the panel's value shifted right by so much; -1: from zero.
+template <bool is_wide_, int steps_, int zero_shift_, bool q4_0_ = false> struct byte_kind {
+    static constexpr bool q4_0      = q4_0_;
+    static constexpr bool is_wide   = is_wide_;
+    static constexpr int steps      = steps_;
+    static constexpr int zero_shift = zero_shift_;
 };
-using kind_4_bit = byte_kind<false, 8, -1>;                  // 15 * 127 * 2 * 8 < 32768
+using kind_4_bit = byte_kind<false, 8, -1>; // 15 * 127 * 2 * 8 < 32768
 using kind_q4_0  = byte_kind<false, 8, 0, true>;
-using kind_5_bit = byte_kind<false, 4, -1>;                  // 31 * 127 * 2 * 4
+using kind_5_bit = byte_kind<false, 4, -1>; // 31 * 127 * 2 * 4
 using kind_mxfp4 = byte_kind<false, 4, 3>;
-using kind_q6_k  = byte_kind<false, 2, 0>;                   // 63 * 127 * 2 * 2
+using kind_q6_k  = byte_kind<false, 2, 0>; // 63 * 127 * 2 * 2
 using kind_wide  = byte_kind<true, 1, has_vnni ? 0 : -1>;
 
-template <int n_t>
-struct accumulators {
+template <int n_t> struct accumulators {
     __m256i v[n_t][2];
 };
 
-template <class kind, int n_t>
-inline void tile_start(const int32_t * start, accumulators<n_t> & acc) {
+template <class kind, int n_t> inline void tile_start(const int32_t * start, accumulators<n_t> & acc) {
     for (int t = 0; t < n_t; ++t) {
         // -128 sum is a multiple of every power of two up to 128: the shift is exact
-        const __m256i v           = _mm256_set1_epi32(start[t]);
-        acc.v[t][0] = acc.v[t][1] = kind::zero_shift < 0    ? _mm256_setzero_si256()
-                                    : kind::zero_shift == 0 ? v
-                                                            : _mm256_srai_epi32(v, kind::zero_shift < 0 ? 0 : kind::zero_shift);
+        const __m256i v = _mm256_set1_epi32(start[t]);
+        acc.v[t][0] = acc.v[t][1] = kind::zero_shift < 0 ? _mm256_setzero_si256()
+                                    : kind::zero_shift == 0
+                                        ? v
+                                        : _mm256_srai_epi32(v, kind::zero_shift < 0 ? 0 : kind::zero_shift);
     }
 }
 
 template <class kind, int n_t, int first, int last>
-inline void tile_products(const packed_group & w, const int8_t (&x)[8][panel_tokens][4], int t0, accumulators<n_t> & acc) {
+inline void tile_products(const packed_group & w, const int8_t (&x)[8][panel_tokens][4], int t0,
+                          accumulators<n_t> & acc) {
 #ifdef __AVXVNNI__
 #pragma GCC unroll 8
     for (int k = first; k < last; ++k) {
@@ -738,21 +750,21 @@ inline void tile_products(const packed_group & w, const int8_t (&x)[8][panel_tok
 struct gemm_args {
     const void * packed;
     const void * panel;
-    int64_t      n_values;
-    int          t0;  // first token of the panel
-    float *      c;
-    int64_t      c_stride;
-    bool         first;
+    int64_t n_values;
+    int t0; // first token of the panel
+    float * c;
+    int64_t c_stride;
+    bool first;
 };
 
-template <int n_t>
-struct tile_sums {
+template <int n_t> struct tile_sums {
     __m256 v[n_t][2];
 
     void load(const gemm_args & args) {
         for (int t = 0; t < n_t; ++t) {
             for (int h = 0; h < 2; ++h) {
-                v[t][h] = args.first ? _mm256_setzero_ps() : _mm256_loadu_ps(args.c + (args.t0 + t) * args.c_stride + 8 * h);
+                v[t][h] =
+                    args.first ? _mm256_setzero_ps() : _mm256_loadu_ps(args.c + (args.t0 + t) * args.c_stride + 8 * h);
             }
         }
     }
@@ -789,12 +801,10 @@ struct tile_sums {
     }
 };
 
-template <class kind, bool has_min>
-struct gemm_32 {
-    template <int n_t>
-    static void run(const gemm_args & args) {
-        const auto *   w = static_cast<const packed_group *>(args.packed);
-        const auto *   x = static_cast<const panel_group32 *>(args.panel);
+template <class kind, bool has_min> struct gemm_32 {
+    template <int n_t> static void run(const gemm_args & args) {
+        const auto * w = static_cast<const packed_group *>(args.packed);
+        const auto * x = static_cast<const panel_group32 *>(args.panel);
         tile_sums<n_t> sum;
         sum.load(args);
         for (int64_t g = 0; g < args.n_values / 32; ++g, ++w, ++x) {
@@ -810,12 +820,10 @@ struct gemm_32 {
     }
 };
 
-template <class kind, bool has_min, bool two_scales>
-struct gemm_256 {
-    template <int n_t>
-    static void run(const gemm_args & args) {
-        const auto *   w = static_cast<const packed_group *>(args.packed);
-        const auto *   x = static_cast<const panel_block256 *>(args.panel);
+template <class kind, bool has_min, bool two_scales> struct gemm_256 {
+    template <int n_t> static void run(const gemm_args & args) {
+        const auto * w = static_cast<const packed_group *>(args.packed);
+        const auto * x = static_cast<const panel_block256 *>(args.panel);
         tile_sums<n_t> sum;
         sum.load(args);
         for (int64_t b = 0; b < args.n_values / 256; ++b, ++x) {
@@ -823,7 +831,7 @@ struct gemm_256 {
             part.clear();
             for (int g = 0; g < 8; ++g, ++w) {
                 const panel_group256 & xg = x->group[g];
-                accumulators<n_t>      acc;
+                accumulators<n_t> acc;
                 if (two_scales) {
                     tile_start<kind>(xg.start_q6_k[0] + args.t0, acc);
                     tile_products<kind, n_t, 0, 4>(*w, xg.q, args.t0, acc);
@@ -851,10 +859,9 @@ struct gemm_256 {
 };
 
 struct gemm_float {
-    template <int n_t>
-    static void run(const gemm_args & args) {
-        const auto *   w = static_cast<const float *>(args.packed);
-        const auto *   x = static_cast<const float *>(args.panel) + args.t0;
+    template <int n_t> static void run(const gemm_args & args) {
+        const auto * w = static_cast<const float *>(args.packed);
+        const auto * x = static_cast<const float *>(args.panel) + args.t0;
         tile_sums<n_t> sum;
         sum.load(args);
         for (int64_t k = 0; k < args.n_values; ++k, w += tile_rows, x += panel_tokens) {
@@ -877,10 +884,18 @@ void gemm(const void * packed, const void * panel, int64_t n_values, int n_token
     for (int t0 = 0; t0 < n_tokens; t0 += 4) {
         const gemm_args args = {packed, panel, n_values, t0, c, c_stride, first};
         switch (n_tokens - t0) {
-            case 1: kernel::template run<1>(args); break;
-            case 2: kernel::template run<2>(args); break;
-            case 3: kernel::template run<3>(args); break;
-            default: kernel::template run<4>(args); break;
+        case 1:
+            kernel::template run<1>(args);
+            break;
+        case 2:
+            kernel::template run<2>(args);
+            break;
+        case 3:
+            kernel::template run<3>(args);
+            break;
+        default:
+            kernel::template run<4>(args);
+            break;
         }
     }
 }
@@ -888,9 +903,12 @@ void gemm(const void * packed, const void * panel, int64_t n_values, int n_token
 // ---------------------------------------------------------------------------------------------------------------
 // activations
 
-inline __m256i magnitude_bits(__m256 x) { return _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff)); }
+inline __m256i magnitude_bits(__m256 x) {
+    return _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff));
+}
 
-// Largest of eight non-negative integers. As integers, NaN is above infinity: a non-finite value always reaches the scale.
+// Largest of eight non-negative integers. As integers, NaN is above infinity: a non-finite value always reaches the
+// scale.
 inline int32_t largest_of(__m256i v) {
     __m128i m = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
     m         = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
@@ -927,13 +945,14 @@ void quantize_32(const float * x, int64_t n, void * row) {
         for (int i = 8; i < 32; i += 8) {
             largest = _mm256_max_epi32(largest, magnitude_bits(_mm256_loadu_ps(x + i)));
         }
-        const float   amax   = bits_to_float(static_cast<uint32_t>(largest_of(largest)));
-        const bool    normal = amax >= smallest_amax && amax <= largest_float;
-        const __m256i q      = quantize_group(x, _mm256_set1_ps(normal ? 127.0f / amax : 0.0f));
+        const float amax  = bits_to_float(static_cast<uint32_t>(largest_of(largest)));
+        const bool normal = amax >= smallest_amax && amax <= largest_float;
+        const __m256i q   = quantize_group(x, _mm256_set1_ps(normal ? 127.0f / amax : 0.0f));
         _mm256_storeu_si256(reinterpret_cast<__m256i *>(out[b].q), q);
         const __m256i sums = sums_of_4_bytes(q);
-        out[b].sum = static_cast<float>(sum_of_4(_mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1))));
-        out[b].d   = amax < smallest_amax ? 0.0f : amax / 127.0f;
+        out[b].sum         = static_cast<float>(
+            sum_of_4(_mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1))));
+        out[b].d = amax < smallest_amax ? 0.0f : amax / 127.0f;
     }
 }
 
@@ -945,13 +964,13 @@ void quantize_256(const float * x, int64_t n, void * row) {
         for (int i = 0; i < 256; i += 8) {
             largest = _mm256_max_epi32(largest, magnitude_bits(_mm256_loadu_ps(x + i)));
         }
-        const int32_t bits   = largest_of(largest);
-        const float   amax   = bits_to_float(static_cast<uint32_t>(bits));
-        const bool    normal = amax >= smallest_amax && amax <= largest_float;
-        float         max    = amax;
+        const int32_t bits = largest_of(largest);
+        const float amax   = bits_to_float(static_cast<uint32_t>(bits));
+        const bool normal  = amax >= smallest_amax && amax <= largest_float;
+        float max          = amax;
         for (int i = 0; i < 256; i += 8) {
-            const __m256i at   = _mm256_cmpeq_epi32(magnitude_bits(_mm256_loadu_ps(x + i)), _mm256_set1_epi32(bits));
-            const int     mask = _mm256_movemask_ps(_mm256_castsi256_ps(at));
+            const __m256i at = _mm256_cmpeq_epi32(magnitude_bits(_mm256_loadu_ps(x + i)), _mm256_set1_epi32(bits));
+            const int mask   = _mm256_movemask_ps(_mm256_castsi256_ps(at));
             if (mask != 0) {
                 max = x[i + __builtin_ctz(static_cast<unsigned>(mask))];
                 break;
@@ -961,10 +980,10 @@ void quantize_256(const float * x, int64_t n, void * row) {
         for (int g = 0; g < 8; ++g) {
             const __m256i q = quantize_group(x + 32 * g, _mm256_set1_ps(inverse));
             _mm256_store_si256(reinterpret_cast<__m256i *>(out->q + 32 * g), q);
-            const __m256i sums     = sums_of_4_bytes(q);
-            out->sum16[2 * g]      = static_cast<float>(sum_of_4(_mm256_castsi256_si128(sums)));
-            out->sum16[2 * g + 1]  = static_cast<float>(sum_of_4(_mm256_extracti128_si256(sums, 1)));
-            out->sum32[g]          = out->sum16[2 * g] + out->sum16[2 * g + 1];
+            const __m256i sums    = sums_of_4_bytes(q);
+            out->sum16[2 * g]     = static_cast<float>(sum_of_4(_mm256_castsi256_si128(sums)));
+            out->sum16[2 * g + 1] = static_cast<float>(sum_of_4(_mm256_extracti128_si256(sums, 1)));
+            out->sum32[g]         = out->sum16[2 * g] + out->sum16[2 * g + 1];
         }
         out->d = normal ? 1.0f / inverse : (amax < smallest_amax ? 0.0f : amax);
     }
@@ -995,7 +1014,7 @@ void panel_32(const void * const * rows, int n_rows, int64_t n, void * panel) {
     for (int64_t g = 0; g < n / 32; ++g, ++out) {
         __m256i v[panel_tokens];
         for (int t = 0; t < panel_tokens; ++t) {
-            const row_block32   none  = {};
+            const row_block32 none    = {};
             const row_block32 & block = t < n_rows ? static_cast<const row_block32 *>(rows[t])[g] : none;
             v[t]                      = load256(block.q);
             out->start[t]             = -128 * static_cast<int32_t>(block.sum);
@@ -1009,11 +1028,11 @@ void panel_32(const void * const * rows, int n_rows, int64_t n, void * panel) {
 
 void panel_256(const void * const * rows, int n_rows, int64_t n, void * panel) {
     static constexpr row_block256 none = {};
-    auto *                        out  = static_cast<panel_block256 *>(panel);
+    auto * out                         = static_cast<panel_block256 *>(panel);
     for (int64_t b = 0; b < n / 256; ++b, ++out) {
         for (int g = 0; g < 8; ++g) {
             panel_group256 & group = out->group[g];
-            __m256i          v[panel_tokens];
+            __m256i v[panel_tokens];
             for (int t = 0; t < panel_tokens; ++t) {
                 const row_block256 & block = t < n_rows ? static_cast<const row_block256 *>(rows[t])[b] : none;
                 v[t]                       = load256(block.q + 32 * g);
@@ -1044,8 +1063,9 @@ void panel_f32(const void * const * rows, int n_rows, int64_t n, void * panel) {
 inline __m256 exp_ps(__m256 x) {
     // min and max return their second operand when one is NaN
     x              = _mm256_max_ps(_mm256_set1_ps(-105.0f), _mm256_min_ps(_mm256_set1_ps(89.0f), x));
-    const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504088896341f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m256       r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);
+    const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504088896341f)),
+                                     _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m256 r       = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);
     r              = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
     __m256 p       = _mm256_set1_ps(1.9875691500e-4f);
     p              = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.3981999507e-3f));
@@ -1058,7 +1078,7 @@ inline __m256 exp_ps(__m256 x) {
     const __m256i ni    = _mm256_cvtps_epi32(n);
     const __m256i half  = _mm256_srai_epi32(ni, 1);
     const __m256i other = _mm256_sub_epi32(ni, half);
-    const auto    power = [](__m256i e) {
+    const auto power    = [](__m256i e) {
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, _mm256_set1_epi32(127)), 23));
     };
     return _mm256_mul_ps(_mm256_mul_ps(p, power(half)), power(other));
@@ -1073,18 +1093,19 @@ inline __m256 gelu(__m256 x) {
     // 0.5 (1 + tanh(z)) = sigmoid(2 z)
     const __m256 cubic = _mm256_fmadd_ps(_mm256_mul_ps(x, x), _mm256_set1_ps(0.044715f), _mm256_set1_ps(1.0f));
     const __m256 z     = _mm256_mul_ps(_mm256_mul_ps(x, _mm256_set1_ps(2.0f * 0.79788456080286535588f)), cubic);
-    __m256       y     = swish(x, z);
-    y = _mm256_blendv_ps(y, _mm256_setzero_ps(), _mm256_cmp_ps(x, _mm256_set1_ps(-10.0f), _CMP_LE_OQ));
+    __m256 y           = swish(x, z);
+    y                  = _mm256_blendv_ps(y, _mm256_setzero_ps(), _mm256_cmp_ps(x, _mm256_set1_ps(-10.0f), _CMP_LE_OQ));
     return _mm256_blendv_ps(y, x, _mm256_cmp_ps(x, _mm256_set1_ps(10.0f), _CMP_GE_OQ));
 }
 
-inline __m256 at_most(__m256 x, __m256 limit) { return _mm256_min_ps(limit, x); }
+inline __m256 at_most(__m256 x, __m256 limit) {
+    return _mm256_min_ps(limit, x);
+}
 inline __m256 clamp(__m256 x, __m256 limit) {
     return _mm256_max_ps(_mm256_sub_ps(_mm256_setzero_ps(), limit), _mm256_min_ps(limit, x));
 }
 
-template <ffn_op op>
-inline __m256 glu_8(__m256 g, __m256 u, __m256 alpha, __m256 limit) {
+template <ffn_op op> inline __m256 glu_8(__m256 g, __m256 u, __m256 alpha, __m256 limit) {
     if constexpr (op == ffn_op::swiglu) {
         return _mm256_mul_ps(swish(g, g), u);
     } else if constexpr (op == ffn_op::geglu) {
@@ -1111,10 +1132,10 @@ inline __m256 glu_8(__m256 g, __m256 u, __m256 alpha, __m256 limit) {
 
 template <ffn_op op>
 void glu_vector(float alpha, float limit, const float * gate, const float * up, float * out, int64_t n) {
-    const __m256  va = _mm256_set1_ps(alpha);
-    const __m256  vl = _mm256_set1_ps(limit);
-    const float * g  = is_gated(op) ? gate : up;
-    int64_t       i  = 0;
+    const __m256 va = _mm256_set1_ps(alpha);
+    const __m256 vl = _mm256_set1_ps(limit);
+    const float * g = is_gated(op) ? gate : up;
+    int64_t i       = 0;
     for (; i + 8 <= n; i += 8) {
         _mm256_storeu_ps(out + i, glu_8<op>(_mm256_loadu_ps(g + i), _mm256_loadu_ps(up + i), va, vl));
     }
@@ -1131,22 +1152,32 @@ void glu_vector(float alpha, float limit, const float * gate, const float * up, 
 
 void glu(ffn_op op, float alpha, float limit, const float * gate, const float * up, float * out, int64_t n) {
     switch (op) {
-        case ffn_op::swiglu: return glu_vector<ffn_op::swiglu>(alpha, limit, gate, up, out, n);
-        case ffn_op::geglu: return glu_vector<ffn_op::geglu>(alpha, limit, gate, up, out, n);
-        case ffn_op::geglu_quick: return glu_vector<ffn_op::geglu_quick>(alpha, limit, gate, up, out, n);
-        case ffn_op::swiglu_oai: return glu_vector<ffn_op::swiglu_oai>(alpha, limit, gate, up, out, n);
-        case ffn_op::swiglu_clamp: return glu_vector<ffn_op::swiglu_clamp>(alpha, limit, gate, up, out, n);
-        case ffn_op::swiglu_limit: return glu_vector<ffn_op::swiglu_limit>(alpha, limit, gate, up, out, n);
-        case ffn_op::silu: return glu_vector<ffn_op::silu>(alpha, limit, gate, up, out, n);
-        case ffn_op::gelu: return glu_vector<ffn_op::gelu>(alpha, limit, gate, up, out, n);
-        case ffn_op::gelu_quick: return glu_vector<ffn_op::gelu_quick>(alpha, limit, gate, up, out, n);
-        default: return glu_scalar(op, alpha, limit, gate, up, out, n);
+    case ffn_op::swiglu:
+        return glu_vector<ffn_op::swiglu>(alpha, limit, gate, up, out, n);
+    case ffn_op::geglu:
+        return glu_vector<ffn_op::geglu>(alpha, limit, gate, up, out, n);
+    case ffn_op::geglu_quick:
+        return glu_vector<ffn_op::geglu_quick>(alpha, limit, gate, up, out, n);
+    case ffn_op::swiglu_oai:
+        return glu_vector<ffn_op::swiglu_oai>(alpha, limit, gate, up, out, n);
+    case ffn_op::swiglu_clamp:
+        return glu_vector<ffn_op::swiglu_clamp>(alpha, limit, gate, up, out, n);
+    case ffn_op::swiglu_limit:
+        return glu_vector<ffn_op::swiglu_limit>(alpha, limit, gate, up, out, n);
+    case ffn_op::silu:
+        return glu_vector<ffn_op::silu>(alpha, limit, gate, up, out, n);
+    case ffn_op::gelu:
+        return glu_vector<ffn_op::gelu>(alpha, limit, gate, up, out, n);
+    case ffn_op::gelu_quick:
+        return glu_vector<ffn_op::gelu_quick>(alpha, limit, gate, up, out, n);
+    default:
+        return glu_scalar(op, alpha, limit, gate, up, out, n);
     }
 }
 
 void add_scaled(float * y, const float * x, float w, int64_t n, bool first) {
     const __m256 vw = _mm256_set1_ps(w);
-    int64_t      i  = 0;
+    int64_t i       = 0;
     for (; i + 8 <= n; i += 8) {
         const __m256 wx = _mm256_mul_ps(vw, _mm256_loadu_ps(x + i));
         _mm256_storeu_ps(y + i, first ? wx : _mm256_add_ps(_mm256_loadu_ps(y + i), wx));
@@ -1176,6 +1207,6 @@ constexpr type_kernels types[] = {
     {-1, nullptr, nullptr, nullptr},
 };
 
-}  // namespace
+} // namespace
 
-}  // namespace hybrimoe::kernels
+} // namespace hybrimoe::kernels

@@ -24,10 +24,10 @@ uint32_t largest_magnitude_bits(const float * x, int n) {
 void quantize_32(const float * x, int64_t n, void * row) {
     auto * out = static_cast<row_block32 *>(row);
     for (int64_t b = 0; b < n / 32; ++b, x += 32) {
-        const float amax   = bits_to_float(largest_magnitude_bits(x, 32));
-        const bool  normal = amax >= smallest_amax && std::isfinite(amax);
-        const float scale  = normal ? 127.0f / amax : 0.0f;
-        int         sum    = 0;
+        const float amax  = bits_to_float(largest_magnitude_bits(x, 32));
+        const bool normal = amax >= smallest_amax && std::isfinite(amax);
+        const float scale = normal ? 127.0f / amax : 0.0f;
+        int sum           = 0;
         for (int i = 0; i < 32; ++i) {
             const int q = normal ? static_cast<int>(std::nearbyintf(x[i] * scale)) : 0;
             out[b].q[i] = static_cast<int8_t>(q);
@@ -41,10 +41,10 @@ void quantize_32(const float * x, int64_t n, void * row) {
 void quantize_256(const float * x, int64_t n, void * row) {
     auto * out = static_cast<row_block256 *>(row);
     for (int64_t b = 0; b < n / 256; ++b, x += 256) {
-        const uint32_t bits   = largest_magnitude_bits(x, 256);
-        const float    amax   = bits_to_float(bits);
-        const bool     normal = amax >= smallest_amax && std::isfinite(amax);
-        float          max    = amax;
+        const uint32_t bits = largest_magnitude_bits(x, 256);
+        const float amax    = bits_to_float(bits);
+        const bool normal   = amax >= smallest_amax && std::isfinite(amax);
+        float max           = amax;
         for (int i = 255; i >= 0; --i) {
             if ((float_to_bits(x[i]) & 0x7fffffffu) == bits) {
                 max = x[i];
@@ -75,11 +75,10 @@ float dot_group(const group32 & w, const int8_t * x, float sum) {
     return w.a[0] * static_cast<float>(dot[0]) + w.a[1] * static_cast<float>(dot[1]) + w.b * sum;
 }
 
-template <int type, act_format format>
-void dot_quantised(const dot_args & args) {
+template <int type, act_format format> void dot_quantised(const dot_args & args) {
     for (int64_t r = 0; r < args.n_rows; ++r) {
-        const uint8_t * row    = args.rows + static_cast<size_t>(r) * args.row_bytes;
-        float           sum[8] = {};
+        const uint8_t * row = args.rows + static_cast<size_t>(r) * args.row_bytes;
+        float sum[8]        = {};
         for (int64_t g = 0; g < args.n_values / 32; ++g) {
             group32 w;
             unpack_group(type, row, g, &w);
@@ -99,15 +98,14 @@ void dot_quantised(const dot_args & args) {
     }
 }
 
-template <int type>
-void dot_float(const dot_args & args) {
+template <int type> void dot_float(const dot_args & args) {
     constexpr int64_t step = 64;
     for (int64_t r = 0; r < args.n_rows; ++r) {
-        const uint8_t * row    = args.rows + static_cast<size_t>(r) * args.row_bytes;
-        float           sum[8] = {};
+        const uint8_t * row = args.rows + static_cast<size_t>(r) * args.row_bytes;
+        float sum[8]        = {};
         for (int64_t i0 = 0; i0 < args.n_values; i0 += step) {
             const int64_t n = args.n_values - i0 < step ? args.n_values - i0 : step;
-            float         w[step];
+            float w[step];
             dequantize_row(type, row + i0 * (type == type_f32 ? 4 : 2), w, n);
             for (int t = 0; t < args.n_x; ++t) {
                 const float * x = static_cast<const float *>(args.x[t]) + i0;
@@ -122,11 +120,17 @@ void dot_float(const dot_args & args) {
     }
 }
 
-float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
+float sigmoid(float x) {
+    return 1.0f / (1.0f + std::exp(-x));
+}
 
 // The comparisons keep NaN, as std::min and std::clamp do in ggml.
-float at_most(float x, float limit) { return limit < x ? limit : x; }
-float clamp(float x, float limit) { return limit < x ? limit : (x < -limit ? -limit : x); }
+float at_most(float x, float limit) {
+    return limit < x ? limit : x;
+}
+float clamp(float x, float limit) {
+    return limit < x ? limit : (x < -limit ? -limit : x);
+}
 
 // ggml saturates outside of +-10
 float gelu(float x) {
@@ -136,34 +140,48 @@ float gelu(float x) {
     return x >= 10.0f ? x : 0.5f * x * (1.0f + std::tanh(0.79788456080286535588f * x * (1.0f + 0.044715f * x * x)));
 }
 
-float gelu_erf(float x) { return 0.5f * x * (1.0f + std::erf(x * 0.70710678118654752440f)); }
+float gelu_erf(float x) {
+    return 0.5f * x * (1.0f + std::erf(x * 0.70710678118654752440f));
+}
 
 float glu_one(ffn_op op, float alpha, float limit, float g, float u) {
     switch (op) {
-        case ffn_op::reglu: return g > 0.0f ? g * u : 0.0f;
-        case ffn_op::geglu: return gelu(g) * u;
-        case ffn_op::swiglu: return g * sigmoid(g) * u;
-        case ffn_op::swiglu_oai: {
-            const float x = at_most(g, limit);
-            return x * sigmoid(alpha * x) * (clamp(u, limit) + 1.0f);
-        }
-        case ffn_op::geglu_erf: return gelu_erf(g) * u;
-        case ffn_op::geglu_quick: return g * sigmoid(1.702f * g) * u;
-        case ffn_op::swiglu_clamp: {
-            const float x = at_most(g, limit);
-            return x * sigmoid(x) * clamp(u, limit);
-        }
-        case ffn_op::swiglu_limit: return at_most(g * sigmoid(g), limit) * clamp(u, limit);
-        case ffn_op::situ: {
-            const float linear = limit > 0.0f ? limit * std::tanh(u / limit) : u;
-            return alpha * std::tanh(g / alpha) * sigmoid(g) * linear;
-        }
-        case ffn_op::silu: return u * sigmoid(u);
-        case ffn_op::gelu: return gelu(u);
-        case ffn_op::gelu_erf: return gelu_erf(u);
-        case ffn_op::gelu_quick: return u * sigmoid(1.702f * u);
-        case ffn_op::relu: return u > 0.0f ? u : 0.0f;
-        case ffn_op::relu_sqr: return u > 0.0f ? u * u : 0.0f;
+    case ffn_op::reglu:
+        return g > 0.0f ? g * u : 0.0f;
+    case ffn_op::geglu:
+        return gelu(g) * u;
+    case ffn_op::swiglu:
+        return g * sigmoid(g) * u;
+    case ffn_op::swiglu_oai: {
+        const float x = at_most(g, limit);
+        return x * sigmoid(alpha * x) * (clamp(u, limit) + 1.0f);
+    }
+    case ffn_op::geglu_erf:
+        return gelu_erf(g) * u;
+    case ffn_op::geglu_quick:
+        return g * sigmoid(1.702f * g) * u;
+    case ffn_op::swiglu_clamp: {
+        const float x = at_most(g, limit);
+        return x * sigmoid(x) * clamp(u, limit);
+    }
+    case ffn_op::swiglu_limit:
+        return at_most(g * sigmoid(g), limit) * clamp(u, limit);
+    case ffn_op::situ: {
+        const float linear = limit > 0.0f ? limit * std::tanh(u / limit) : u;
+        return alpha * std::tanh(g / alpha) * sigmoid(g) * linear;
+    }
+    case ffn_op::silu:
+        return u * sigmoid(u);
+    case ffn_op::gelu:
+        return gelu(u);
+    case ffn_op::gelu_erf:
+        return gelu_erf(u);
+    case ffn_op::gelu_quick:
+        return u * sigmoid(1.702f * u);
+    case ffn_op::relu:
+        return u > 0.0f ? u : 0.0f;
+    case ffn_op::relu_sqr:
+        return u > 0.0f ? u * u : 0.0f;
     }
     return 0.0f;
 }
@@ -190,7 +208,7 @@ constexpr type_kernels types[] = {
     {-1, nullptr, nullptr, nullptr},
 };
 
-}  // namespace
+} // namespace
 
 void glu_scalar(ffn_op op, float alpha, float limit, const float * gate, const float * up, float * out, int64_t n) {
     const bool gated = is_gated(op);
@@ -200,8 +218,7 @@ void glu_scalar(ffn_op op, float alpha, float limit, const float * gate, const f
 }
 
 const kernel_set kernels_scalar = {
-    "scalar", 8,       1 << 30, false, quantize_32, quantize_256, nullptr, nullptr, nullptr, glu_scalar, add_scaled,
-    types,
+    "scalar", 8, 1 << 30, false, quantize_32, quantize_256, nullptr, nullptr, nullptr, glu_scalar, add_scaled, types,
 };
 
-}  // namespace hybrimoe::kernels
+} // namespace hybrimoe::kernels

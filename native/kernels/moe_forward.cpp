@@ -21,15 +21,21 @@ namespace hybrimoe::kernels {
 namespace {
 
 constexpr int64_t min_chunk_tokens = 32;
-constexpr size_t  cache_line       = 64;
-constexpr size_t  dot_stream_bytes = 48 * 1024;  // weights of one matrix in one work item of a decode step
+constexpr size_t cache_line        = 64;
+constexpr size_t dot_stream_bytes  = 48 * 1024; // weights of one matrix in one work item of a decode step
 constexpr int64_t most_item_rows   = 256;
-constexpr int32_t block_tokens     = 128;  // tokens that share one packing of a tile
+constexpr int32_t block_tokens     = 128; // tokens that share one packing of a tile
 
-size_t align_up(size_t n) { return (n + cache_line - 1) / cache_line * cache_line; }
+size_t align_up(size_t n) {
+    return (n + cache_line - 1) / cache_line * cache_line;
+}
 
-int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+int64_t min_of(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+int64_t max_of(int64_t a, int64_t b) {
+    return a > b ? a : b;
+}
 
 act_format format_of(const expert_matrix & m) {
     const type_info * info = find_type(m.type);
@@ -38,79 +44,93 @@ act_format format_of(const expert_matrix & m) {
 
 // How the activations of one matrix are stored.
 struct act_layout {
-    act_format            format    = act_format::f32;
-    const external_type * external  = nullptr;
-    int64_t               n         = 0;
-    size_t                row_bytes = 0;  // 0 for f32: the values are used where they are
-    size_t                panel_bytes = 0;
+    act_format format              = act_format::f32;
+    const external_type * external = nullptr;
+    int64_t n                      = 0;
+    size_t row_bytes               = 0; // 0 for f32: the values are used where they are
+    size_t panel_bytes             = 0;
 
     act_layout() = default;
 
-    act_layout(const kernel_set * ks, const expert_matrix & m, int64_t n_values) :
-        format(format_of(m)), external(m.external), n(n_values) {
+    act_layout(const kernel_set * ks, const expert_matrix & m, int64_t n_values)
+        : format(format_of(m)), external(m.external), n(n_values) {
         const auto groups = static_cast<size_t>(n / 32);
         switch (format) {
-            case act_format::q8_32:
-                row_bytes   = ks->rows_in_units ? (groups + 3) / 4 * sizeof(row_unit128) : groups * sizeof(row_block32);
-                panel_bytes = groups * sizeof(panel_group32);
-                break;
-            case act_format::q8_256:
-                row_bytes   = groups / 8 * sizeof(row_block256);
-                panel_bytes = groups / 8 * sizeof(panel_block256);
-                break;
-            case act_format::f32: panel_bytes = static_cast<size_t>(n) * panel_tokens * sizeof(float); break;
-            case act_format::external:
-                row_bytes = static_cast<size_t>(n) / static_cast<size_t>(external->act_block_values) *
-                            external->act_block_bytes;
-                break;
+        case act_format::q8_32:
+            row_bytes   = ks->rows_in_units ? (groups + 3) / 4 * sizeof(row_unit128) : groups * sizeof(row_block32);
+            panel_bytes = groups * sizeof(panel_group32);
+            break;
+        case act_format::q8_256:
+            row_bytes   = groups / 8 * sizeof(row_block256);
+            panel_bytes = groups / 8 * sizeof(panel_block256);
+            break;
+        case act_format::f32:
+            panel_bytes = static_cast<size_t>(n) * panel_tokens * sizeof(float);
+            break;
+        case act_format::external:
+            row_bytes =
+                static_cast<size_t>(n) / static_cast<size_t>(external->act_block_values) * external->act_block_bytes;
+            break;
         }
         row_bytes   = align_up(row_bytes);
         panel_bytes = align_up(panel_bytes);
     }
 
     bool same_as(const act_layout & other) const {
-        return format == other.format && (format != act_format::external || external->from_float == other.external->from_float);
+        return format == other.format &&
+               (format != act_format::external || external->from_float == other.external->from_float);
     }
 
     void quantize(const kernel_set * ks, const float * x, void * row) const {
         switch (format) {
-            case act_format::q8_32: return ks->quantize_32(x, n, row);
-            case act_format::q8_256: return ks->quantize_256(x, n, row);
-            case act_format::external: return external->from_float(x, row, n);
-            case act_format::f32: return;
+        case act_format::q8_32:
+            return ks->quantize_32(x, n, row);
+        case act_format::q8_256:
+            return ks->quantize_256(x, n, row);
+        case act_format::external:
+            return external->from_float(x, row, n);
+        case act_format::f32:
+            return;
         }
     }
 
     void panel(const kernel_set * ks, const void * const * rows, int n_rows, void * out) const {
         switch (format) {
-            case act_format::q8_32: return ks->panel_32(rows, n_rows, n, out);
-            case act_format::q8_256: return ks->panel_256(rows, n_rows, n, out);
-            case act_format::f32: return ks->panel_f32(rows, n_rows, n, out);
-            case act_format::external: return;
+        case act_format::q8_32:
+            return ks->panel_32(rows, n_rows, n, out);
+        case act_format::q8_256:
+            return ks->panel_256(rows, n_rows, n, out);
+        case act_format::f32:
+            return ks->panel_f32(rows, n_rows, n, out);
+        case act_format::external:
+            return;
         }
     }
 
     // Bytes of a panel before value k
     size_t panel_offset(int64_t k) const {
         switch (format) {
-            case act_format::q8_32: return static_cast<size_t>(k / 32) * sizeof(panel_group32);
-            case act_format::q8_256: return static_cast<size_t>(k / 256) * sizeof(panel_block256);
-            default: return static_cast<size_t>(k) * panel_tokens * sizeof(float);
+        case act_format::q8_32:
+            return static_cast<size_t>(k / 32) * sizeof(panel_group32);
+        case act_format::q8_256:
+            return static_cast<size_t>(k / 256) * sizeof(panel_block256);
+        default:
+            return static_cast<size_t>(k) * panel_tokens * sizeof(float);
         }
     }
 };
 
 // A matrix with everything that runs it.
 struct runner {
-    const expert_matrix * m       = nullptr;
-    const type_kernels *  kernels = nullptr;  // nullptr for external types
-    act_layout            act;
-    int64_t               n_in  = 0;
-    int64_t               n_out = 0;
+    const expert_matrix * m      = nullptr;
+    const type_kernels * kernels = nullptr; // nullptr for external types
+    act_layout act;
+    int64_t n_in  = 0;
+    int64_t n_out = 0;
 
     runner() = default;
-    runner(const kernel_set * ks, const expert_matrix & matrix, int64_t in, int64_t out) :
-        m(&matrix), kernels(find_kernels(ks, matrix.type)), act(ks, matrix, in), n_in(in), n_out(out) {}
+    runner(const kernel_set * ks, const expert_matrix & matrix, int64_t in, int64_t out)
+        : m(&matrix), kernels(find_kernels(ks, matrix.type)), act(ks, matrix, in), n_in(in), n_out(out) {}
 
     bool has_tile() const { return kernels != nullptr && kernels->gemm != nullptr; }
 
@@ -129,7 +149,8 @@ struct runner {
         }
         if (m->bias != nullptr) {
             const auto * bias = reinterpret_cast<const float *>(reinterpret_cast<const uint8_t *>(m->bias) +
-                                                                static_cast<size_t>(expert) * m->bias_bytes) + r0;
+                                                                static_cast<size_t>(expert) * m->bias_bytes) +
+                                r0;
             for (int64_t i = 0; i < n; ++i) {
                 values[i] += bias[i];
             }
@@ -139,10 +160,10 @@ struct runner {
 
 struct expert_group {
     int32_t expert;
-    int32_t first;        // position of its first pair
-    int32_t n;            // pairs
-    int32_t first_panel;  // -1: row-stream dot
-    int32_t first_row;    // of its hidden rows; -1: they go straight into panels
+    int32_t first;       // position of its first pair
+    int32_t n;           // pairs
+    int32_t first_panel; // -1: row-stream dot
+    int32_t first_row;   // of its hidden rows; -1: they go straight into panels
 };
 
 struct shared_state {
@@ -153,23 +174,23 @@ struct shared_state {
     alignas(64) int32_t n_pairs;
     int32_t n_groups;
     int32_t n_panels;
-    int32_t n_hidden;  // units of work of the hidden phase
+    int32_t n_hidden; // units of work of the hidden phase
 };
 
 // Everything one pass over up to n_tokens tokens needs; offsets into the scratch.
 struct pass_layout {
-    runner  gate;
-    runner  up;
-    runner  down;
-    bool    gated;
-    bool    two_x;       // gate and up want different activation formats
-    bool    x_per_pair;  // x is multiplied with the router weight before it is quantised
-    bool    up_tiles;    // gate and up have packed tiles
-    bool    fused;       // down too: hidden values are quantised where they are made
+    runner gate;
+    runner up;
+    runner down;
+    bool gated;
+    bool two_x;      // gate and up want different activation formats
+    bool x_per_pair; // x is multiplied with the router weight before it is quantised
+    bool up_tiles;   // gate and up have packed tiles
+    bool fused;      // down too: hidden values are quantised where they are made
     int64_t n_tokens;
-    int64_t n_pairs;  // at most
+    int64_t n_pairs; // at most
     int64_t n_panels;
-    int64_t n_ff_stride;  // floats from one hidden row to the next
+    int64_t n_ff_stride; // floats from one hidden row to the next
 
     size_t at_groups, at_pair_of, at_position_of, at_counts, at_x_rows[2], at_x_panels[2], at_hidden, at_hidden_rows,
         at_hidden_panels, at_threads, thread_bytes, bytes;
@@ -191,7 +212,7 @@ struct pass_layout {
         n_panels    = n_pairs / panel_tokens + min_of(layer.n_expert, n_pairs / ks->gemm_tokens) + 1;
         n_ff_stride = (layer.n_ff + 15) / 16 * 16;
 
-        size_t     at   = 0;
+        size_t at       = 0;
         const auto take = [&at](size_t n) {
             const size_t here = at;
             at += align_up(n);
@@ -208,13 +229,16 @@ struct pass_layout {
         for (int i = 0; i < (two_x ? 2 : 1); ++i) {
             const act_layout & act = i == 0 ? up.act : gate.act;
             // f32 rows are the caller's own, unless they are multiplied with a weight first
-            const size_t row = act.format == act_format::f32 && x_per_pair ? align_up(static_cast<size_t>(layer.n_embd) * 4) : act.row_bytes;
+            const size_t row = act.format == act_format::f32 && x_per_pair
+                                   ? align_up(static_cast<size_t>(layer.n_embd) * 4)
+                                   : act.row_bytes;
             at_x_rows[i]     = take(x_rows * row);
             at_x_panels[i]   = take(up_tiles ? panels * act.panel_bytes : 0);
         }
-        const auto hidden = static_cast<size_t>(fused ? min_of(n_pairs, int64_t{layer.n_expert} * (ks->gemm_tokens - 1)) : n_pairs);
-        at_hidden         = take(hidden * static_cast<size_t>(n_ff_stride) * sizeof(float));
-        at_hidden_rows    = take(hidden * down.act.row_bytes);
+        const auto hidden =
+            static_cast<size_t>(fused ? min_of(n_pairs, int64_t{layer.n_expert} * (ks->gemm_tokens - 1)) : n_pairs);
+        at_hidden        = take(hidden * static_cast<size_t>(n_ff_stride) * sizeof(float));
+        at_hidden_rows   = take(hidden * down.act.row_bytes);
         at_hidden_panels = take(down.has_tile() ? panels * down.act.panel_bytes : 0);
         at_threads       = at;
 
@@ -240,12 +264,12 @@ struct pass_layout {
 // One thread's view of one pass.
 class pass {
 public:
-    pass(const kernel_set * kernels, const moe_layer & moe, const moe_batch & moe_batch_, const pass_layout & pass_layout_,
-         void * scratch, const team & t) :
-        ks(kernels), layer(moe), batch(moe_batch_), lay(pass_layout_), crew(t), base(static_cast<uint8_t *>(scratch)),
-        mine(base + lay.at_threads + lay.thread_bytes * static_cast<size_t>(t.index)),
-        shared(reinterpret_cast<shared_state *>(base)), groups(at<expert_group>(lay.at_groups)),
-        pair_of(at<int32_t>(lay.at_pair_of)), position_of(at<int32_t>(lay.at_position_of)) {}
+    pass(const kernel_set * kernels, const moe_layer & moe, const moe_batch & moe_batch_,
+         const pass_layout & pass_layout_, void * scratch, const team & t)
+        : ks(kernels), layer(moe), batch(moe_batch_), lay(pass_layout_), crew(t), base(static_cast<uint8_t *>(scratch)),
+          mine(base + lay.at_threads + lay.thread_bytes * static_cast<size_t>(t.index)),
+          shared(reinterpret_cast<shared_state *>(base)), groups(at<expert_group>(lay.at_groups)),
+          pair_of(at<int32_t>(lay.at_pair_of)), position_of(at<int32_t>(lay.at_position_of)) {}
 
     void run() {
         if (crew.index == 0) {
@@ -268,26 +292,20 @@ public:
     }
 
 private:
-    const kernel_set *  ks;
-    const moe_layer &   layer;
-    const moe_batch &   batch;
+    const kernel_set * ks;
+    const moe_layer & layer;
+    const moe_batch & batch;
     const pass_layout & lay;
-    const team &        crew;
-    uint8_t *           base;
-    uint8_t *           mine;
-    shared_state *      shared;
-    expert_group *      groups;
-    int32_t *           pair_of;      // position -> token * top_k + k
-    int32_t *           position_of;  // token * top_k + k -> position, -1 if not computed here
+    const team & crew;
+    uint8_t * base;
+    uint8_t * mine;
+    shared_state * shared;
+    expert_group * groups;
+    int32_t * pair_of;     // position -> token * top_k + k
+    int32_t * position_of; // token * top_k + k -> position, -1 if not computed here
 
-    template <class T>
-    T * at(size_t offset) const {
-        return reinterpret_cast<T *>(base + offset);
-    }
-    template <class T>
-    T * own(size_t offset) const {
-        return reinterpret_cast<T *>(mine + offset);
-    }
+    template <class T> T * at(size_t offset) const { return reinterpret_cast<T *>(base + offset); }
+    template <class T> T * own(size_t offset) const { return reinterpret_cast<T *>(mine + offset); }
 
     void barrier() const {
         if (crew.count > 1) {
@@ -341,7 +359,7 @@ private:
             }
             const bool tiled   = n >= ks->gemm_tokens && (lay.up_tiles || lay.down.has_tile());
             const bool direct  = tiled && lay.fused;
-            const int  n_units = (n + panel_tokens - 1) / panel_tokens;
+            const int n_units  = (n + panel_tokens - 1) / panel_tokens;
             groups[n_groups++] = {e, position, n, tiled ? n_panels : -1, direct ? -1 : n_rows};
             n_panels += tiled ? n_units : 0;
             n_rows += direct ? 0 : n;
@@ -377,7 +395,7 @@ private:
             const float * x = x_of(lay.x_per_pair ? i / batch.top_k : i);
             if (lay.x_per_pair) {
                 const int64_t token = i / batch.top_k;
-                const auto    k     = static_cast<int32_t>(i % batch.top_k);
+                const auto k        = static_cast<int32_t>(i % batch.top_k);
                 if (!taken(token, k)) {
                     continue;
                 }
@@ -422,8 +440,8 @@ private:
     void make_x_panels() {
         for (int64_t p = claim(shared->next_panel); p < shared->n_panels; p = claim(shared->next_panel)) {
             const expert_group & group = group_of_panel(p);
-            const int32_t        first = group.first + static_cast<int32_t>(p - group.first_panel) * panel_tokens;
-            const auto n = static_cast<int>(min_of(panel_tokens, group.first + group.n - first));
+            const int32_t first        = group.first + static_cast<int32_t>(p - group.first_panel) * panel_tokens;
+            const auto n               = static_cast<int>(min_of(panel_tokens, group.first + group.n - first));
             for (int set = 0; set < (lay.two_x ? 2 : 1); ++set) {
                 const void * rows[panel_tokens];
                 for (int t = 0; t < n; ++t) {
@@ -448,7 +466,8 @@ private:
         if (m.kernels == nullptr) {
             for (int64_t r = 0; r < n_rows; ++r) {
                 for (int t = 0; t < n_x; ++t) {
-                    m.m->external->vec_dot(static_cast<int>(m.n_in), out[t] + r, 0, m.row(expert, r0 + r), 0, x[t], 0, 1);
+                    m.m->external->vec_dot(static_cast<int>(m.n_in), out[t] + r, 0, m.row(expert, r0 + r), 0, x[t], 0,
+                                           1);
                 }
             }
             return;
@@ -465,16 +484,16 @@ private:
     void tile(const runner & m, int32_t expert, int64_t r0, int64_t n_rows, const uint8_t * panels, int32_t n_tokens,
               float * c, int64_t c_stride) const {
         const tile_source source = {m.row(expert, r0), m.m->row_bytes, static_cast<int>(n_rows)};
-        const bool        floats = m.act.format == act_format::f32;
-        const int64_t     step   = floats ? pack_values_float : pack_values_int8;
-        void *            packed = own<void>(lay.at_packed);
+        const bool floats        = m.act.format == act_format::f32;
+        const int64_t step       = floats ? pack_values_float : pack_values_int8;
+        void * packed            = own<void>(lay.at_packed);
         for (int64_t k = 0; k < m.n_in; k += step) {
             const int64_t n = min_of(step, m.n_in - k);
             m.kernels->pack(source, k, n, packed);
             const uint8_t * panel = panels + m.act.panel_offset(k);
             for (int32_t t = 0; t < n_tokens; t += panel_tokens, panel += m.act.panel_bytes) {
-                m.kernels->gemm(packed, panel, n, static_cast<int>(min_of(panel_tokens, n_tokens - t)), c + t * c_stride,
-                                c_stride, k == 0);
+                m.kernels->gemm(packed, panel, n, static_cast<int>(min_of(panel_tokens, n_tokens - t)),
+                                c + t * c_stride, c_stride, k == 0);
             }
         }
     }
@@ -501,24 +520,24 @@ private:
 
     struct up_item {
         const expert_group * group;
-        int64_t              r0;
-        int64_t              n_rows;
+        int64_t r0;
+        int64_t n_rows;
     };
 
     void up_phase() {
         const int64_t rows     = up_item_rows();
         const int64_t n_chunks = (layer.n_ff + rows - 1) / rows;
         const int64_t n_items  = shared->n_groups * n_chunks;
-        const auto    item_at  = [&](int64_t i) {
+        const auto item_at     = [&](int64_t i) {
             const int64_t r0 = i % n_chunks * rows;
             return up_item{groups + i / n_chunks, r0, min_of(rows, layer.n_ff - r0)};
         };
         // The next item is claimed ahead, so that the stream of weights can be prefetched into it.
         int64_t next = claim(shared->next_up_item);
         while (next < n_items) {
-            const up_item item = item_at(next);
-            next               = claim(shared->next_up_item);
-            const runner &  first_matrix = lay.gated ? lay.gate : lay.up;
+            const up_item item           = item_at(next);
+            next                         = claim(shared->next_up_item);
+            const runner & first_matrix  = lay.gated ? lay.gate : lay.up;
             const uint8_t * next_weights = nullptr;
             if (next < n_items) {
                 const up_item following = item_at(next);
@@ -545,11 +564,11 @@ private:
     // Any number of tokens, dot_tokens at a time
     void up_streamed(const up_item & item, const uint8_t * next_weights) const {
         for (int32_t t0 = 0; t0 < item.group->n; t0 += ks->dot_tokens) {
-            const auto   n_x  = static_cast<int>(min_of(ks->dot_tokens, item.group->n - t0));
-            const bool   last = t0 + n_x == item.group->n;
+            const auto n_x  = static_cast<int>(min_of(ks->dot_tokens, item.group->n - t0));
+            const bool last = t0 + n_x == item.group->n;
             const void * x[2][8];
-            float *      g[8];
-            float *      u[8];
+            float * g[8];
+            float * u[8];
             for (int t = 0; t < n_x; ++t) {
                 x[0][t] = x_row(0, item.group->first + t0 + t);
                 x[1][t] = lay.two_x ? x_row(1, item.group->first + t0 + t) : x[0][t];
@@ -557,7 +576,8 @@ private:
                 u[t]    = own<float>(lay.at_up_rows) + t * most_item_rows;
             }
             if (lay.gated) {
-                dot(lay.gate, item.group->expert, item.r0, item.n_rows, x[1], n_x, g, lay.up.row(item.group->expert, item.r0));
+                dot(lay.gate, item.group->expert, item.r0, item.n_rows, x[1], n_x, g,
+                    lay.up.row(item.group->expert, item.r0));
             }
             dot(lay.up, item.group->expert, item.r0, item.n_rows, x[0], n_x, u, last ? next_weights : nullptr);
             for (int t = 0; t < n_x; ++t) {
@@ -570,12 +590,12 @@ private:
     void up_tiled(const up_item & item) const {
         const expert_group & group = *item.group;
         for (int32_t t0 = 0; t0 < group.n; t0 += block_tokens) {
-            const auto    n_tokens = static_cast<int32_t>(min_of(block_tokens, group.n - t0));
-            const int32_t panel    = group.first_panel + t0 / panel_tokens;
-            float *       g        = own<float>(lay.at_gate_c);
-            float *       u        = own<float>(lay.at_up_c);
-            float *       block    = group.first_row < 0 ? own<float>(lay.at_block) : hidden(group.first_row + t0) + item.r0;
-            const int64_t stride   = group.first_row < 0 ? most_item_rows : lay.n_ff_stride;
+            const auto n_tokens = static_cast<int32_t>(min_of(block_tokens, group.n - t0));
+            const int32_t panel = group.first_panel + t0 / panel_tokens;
+            float * g           = own<float>(lay.at_gate_c);
+            float * u           = own<float>(lay.at_up_c);
+            float * block = group.first_row < 0 ? own<float>(lay.at_block) : hidden(group.first_row + t0) + item.r0;
+            const int64_t stride = group.first_row < 0 ? most_item_rows : lay.n_ff_stride;
             for (int64_t r = 0; r < item.n_rows; r += tile_rows) {
                 const int64_t n  = min_of(tile_rows, item.n_rows - r);
                 const int64_t r0 = item.r0 + r;
@@ -645,8 +665,8 @@ private:
 
     void finish_hidden(const expert_group & group, int32_t unit) const {
         const int32_t first = unit * panel_tokens;
-        const auto    n     = static_cast<int>(min_of(panel_tokens, group.n - first));
-        const void *  rows[panel_tokens];
+        const auto n        = static_cast<int>(min_of(panel_tokens, group.n - first));
+        const void * rows[panel_tokens];
         for (int t = 0; t < n; ++t) {
             const int32_t row = group.first_row + first + t;
             lay.down.act.quantize(ks, hidden(row), hidden_row(row));
@@ -674,7 +694,7 @@ private:
     void down_phase() {
         const int64_t rows    = down_item_rows();
         const int64_t n_items = (layer.n_embd + rows - 1) / rows;
-        int64_t       next    = claim(shared->next_down_item);
+        int64_t next          = claim(shared->next_down_item);
         while (next < n_items) {
             const int64_t r0     = next * rows;
             const int64_t n_rows = min_of(rows, layer.n_embd - r0);
@@ -705,9 +725,9 @@ private:
             }
         } else {
             for (int32_t t0 = 0; t0 < group.n; t0 += ks->dot_tokens) {
-                const auto   n_x = static_cast<int>(min_of(ks->dot_tokens, group.n - t0));
+                const auto n_x = static_cast<int>(min_of(ks->dot_tokens, group.n - t0));
                 const void * x[8];
-                float *      out[8];
+                float * out[8];
                 for (int t = 0; t < n_x; ++t) {
                     x[t]   = hidden_values(group.first_row + t0 + t);
                     out[t] = c + (t0 + t) * c_stride;
@@ -723,9 +743,9 @@ private:
     }
 
     void sum_token(int64_t token, int64_t r0, int64_t n_rows, const float * c, int64_t c_stride) const {
-        float   sum[most_item_rows];
-        bool    first = true;
-        float * y     = y_of(token) + r0;
+        float sum[most_item_rows];
+        bool first = true;
+        float * y  = y_of(token) + r0;
         for (int32_t k = 0; k < batch.top_k; ++k) {
             const int32_t position = position_of[token * batch.top_k + k];
             if (position < 0) {
@@ -770,7 +790,8 @@ const char * check_matrix(const expert_matrix & m, int64_t n_in) {
 
 moe_batch part_of(const moe_batch & batch, int64_t first, int64_t n) {
     const auto shift = [first](auto * p, size_t bytes) {
-        using bytes_of = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(p)>>, const uint8_t, uint8_t>;
+        using bytes_of =
+            std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(p)>>, const uint8_t, uint8_t>;
         return reinterpret_cast<decltype(p)>(reinterpret_cast<bytes_of *>(p) + static_cast<size_t>(first) * bytes);
     };
     moe_batch part = batch;
@@ -783,7 +804,7 @@ moe_batch part_of(const moe_batch & batch, int64_t first, int64_t n) {
     return part;
 }
 
-}  // namespace
+} // namespace
 
 void split_gate_up(const expert_matrix & gate_up, int64_t n_ff, expert_matrix * gate, expert_matrix * up) {
     *gate    = gate_up;
@@ -807,10 +828,10 @@ const char * check_layer(const moe_layer & layer) {
     return check_matrix(layer.down, layer.n_ff);
 }
 
-moe_plan make_plan(const kernel_set * ks, const moe_layer & layer, int64_t max_tokens, int32_t top_k,
-                   int32_t n_threads, size_t limit_bytes) {
+moe_plan make_plan(const kernel_set * ks, const moe_layer & layer, int64_t max_tokens, int32_t top_k, int32_t n_threads,
+                   size_t limit_bytes) {
     const auto bytes = [&](int64_t tokens) { return pass_layout(ks, layer, tokens, top_k, n_threads).bytes; };
-    int64_t chunk = max_of(1, max_tokens);
+    int64_t chunk    = max_of(1, max_tokens);
     while (chunk > min_chunk_tokens && bytes(chunk) > limit_bytes) {
         // equal passes, so that the last one is not a remainder
         const int64_t n_passes = (max_tokens + chunk - 1) / chunk + 1;
@@ -822,9 +843,9 @@ moe_plan make_plan(const kernel_set * ks, const moe_layer & layer, int64_t max_t
 void moe_forward(const moe_plan & plan, const moe_layer & layer, const moe_batch & batch, void * scratch,
                  const team & team) {
     for (int64_t first = 0; first < batch.n_tokens; first += plan.chunk_tokens) {
-        const int64_t     n = min_of(plan.chunk_tokens, batch.n_tokens - first);
+        const int64_t n = min_of(plan.chunk_tokens, batch.n_tokens - first);
         const pass_layout lay(plan.kernels, layer, n, batch.top_k, plan.n_threads);
-        const moe_batch   part = part_of(batch, first, n);
+        const moe_batch part = part_of(batch, first, n);
         pass(plan.kernels, layer, part, lay, scratch, team).run();
     }
 }
@@ -835,9 +856,15 @@ void router_rows(const kernel_set * ks, int32_t type, const void * w, size_t row
     if (kernels == nullptr || find_type(type)->act != act_format::f32) {
         return;
     }
-    dot_args args = {static_cast<const uint8_t *>(w) + static_cast<size_t>(row_begin) * row_bytes, row_bytes,
-                     row_end - row_begin, n_in, {x}, 1, {logits + row_begin}, nullptr};
+    dot_args args = {static_cast<const uint8_t *>(w) + static_cast<size_t>(row_begin) * row_bytes,
+                     row_bytes,
+                     row_end - row_begin,
+                     n_in,
+                     {x},
+                     1,
+                     {logits + row_begin},
+                     nullptr};
     kernels->dot(args);
 }
 
-}  // namespace hybrimoe::kernels
+} // namespace hybrimoe::kernels

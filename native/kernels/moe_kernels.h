@@ -44,11 +44,11 @@ enum class act_format : uint8_t {
 };
 
 struct type_info {
-    int32_t      id;
-    const char * name;          // as ggml prints it, e.g. "q4_K"
-    int32_t      block_values;  // a row holds a multiple of this
-    int32_t      block_bytes;
-    act_format   act;
+    int32_t id;
+    const char * name;    // as ggml prints it, e.g. "q4_K"
+    int32_t block_values; // a row holds a multiple of this
+    int32_t block_bytes;
+    act_format act;
 };
 
 // nullptr when the library has no kernel of its own for this type (use external_type then).
@@ -63,7 +63,7 @@ struct external_type {
     void (*vec_dot)(int n, float * s, size_t bs, const void * w, size_t bw, const void * x, size_t bx, int nrc);
     // ggml_from_float_t of vec_dot_type
     void (*from_float)(const float * x, void * y, int64_t n);
-    size_t act_block_bytes;  // of vec_dot_type
+    size_t act_block_bytes; // of vec_dot_type
     int32_t act_block_values;
 };
 
@@ -75,7 +75,7 @@ struct kernel_set;
 const kernel_set * best_kernel_set();
 // "avx512", "avxvnni", "avx2", "scalar"; nullptr when unknown or when this CPU or this build lacks it.
 const kernel_set * find_kernel_set(const char * name);
-const char *       kernel_set_name(const kernel_set * ks);
+const char * kernel_set_name(const kernel_set * ks);
 // Names this CPU and this build can run, fastest first, nullptr-terminated.
 const char * const * available_kernel_sets();
 
@@ -85,22 +85,22 @@ const char * const * available_kernel_sets();
 // Expert weights [n_in, n_out, n_expert]: expert e, output row r starts at data + e * expert_bytes + r * row_bytes.
 // Result of a row: (w . x) * scale[e] + bias[e][r].
 struct expert_matrix {
-    const void *          data         = nullptr;
-    int32_t               type         = -1;
-    size_t                row_bytes    = 0;
-    size_t                expert_bytes = 0;
-    const float *         bias         = nullptr;  // optional, [n_out, n_expert]
-    size_t                bias_bytes   = 0;        // bytes from one expert's biases to the next one's
-    const float *         scale        = nullptr;  // optional, [n_expert]
-    const external_type * external     = nullptr;  // required where find_type(type) is nullptr, else ignored
+    const void * data              = nullptr;
+    int32_t type                   = -1;
+    size_t row_bytes               = 0;
+    size_t expert_bytes            = 0;
+    const float * bias             = nullptr; // optional, [n_out, n_expert]
+    size_t bias_bytes              = 0;       // bytes from one expert's biases to the next one's
+    const float * scale            = nullptr; // optional, [n_expert]
+    const external_type * external = nullptr; // required where find_type(type) is nullptr, else ignored
 };
 
 // The first seven equal ggml_glu_op. Gated ops take gate (g) and up (u); ungated ops take up only.
 enum class ffn_op : int32_t {
-    reglu        = 0,  // max(g, 0) u
-    geglu        = 1,  // gelu(g) u, tanh form
-    swiglu       = 2,  // silu(g) u
-    swiglu_oai   = 3,  // min(g, limit) sigmoid(alpha min(g, limit)) (clamp(u, limit) + 1)
+    reglu        = 0, // max(g, 0) u
+    geglu        = 1, // gelu(g) u, tanh form
+    swiglu       = 2, // silu(g) u
+    swiglu_oai   = 3, // min(g, limit) sigmoid(alpha min(g, limit)) (clamp(u, limit) + 1)
     geglu_erf    = 4,
     geglu_quick  = 5,  // g sigmoid(1.702 g) u
     swiglu_clamp = 6,  // silu(min(g, limit)) clamp(u, limit)
@@ -114,22 +114,24 @@ enum class ffn_op : int32_t {
     relu_sqr     = 69,
 };
 
-constexpr bool is_gated(ffn_op op) { return static_cast<int32_t>(op) < 64; }
+constexpr bool is_gated(ffn_op op) {
+    return static_cast<int32_t>(op) < 64;
+}
 
 struct moe_layer {
-    int64_t n_embd   = 0;  // input and output width
-    int64_t n_ff     = 0;  // hidden width of one expert
+    int64_t n_embd   = 0; // input and output width
+    int64_t n_ff     = 0; // hidden width of one expert
     int32_t n_expert = 0;
 
-    expert_matrix gate;  // [n_embd, n_ff, n_expert]; data is nullptr for ungated ops
-    expert_matrix up;    // [n_embd, n_ff, n_expert]
-    expert_matrix down;  // [n_ff, n_embd, n_expert]
+    expert_matrix gate; // [n_embd, n_ff, n_expert]; data is nullptr for ungated ops
+    expert_matrix up;   // [n_embd, n_ff, n_expert]
+    expert_matrix down; // [n_ff, n_embd, n_expert]
 
-    ffn_op op    = ffn_op::swiglu;
-    float  alpha = 0.0f;
-    float  limit = 0.0f;
+    ffn_op op   = ffn_op::swiglu;
+    float alpha = 0.0f;
+    float limit = 0.0f;
 
-    bool weights_on_input = false;  // router weights multiply x instead of the experts' outputs (llama4)
+    bool weights_on_input = false; // router weights multiply x instead of the experts' outputs (llama4)
 };
 
 // Merged gate_up tensors [n_embd, 2 n_ff, n_expert], gate rows first: both halves share strides, scale and type.
@@ -145,43 +147,43 @@ struct moe_batch {
     int64_t n_tokens = 0;
     int32_t top_k    = 0;
 
-    const float * x             = nullptr;  // [n_embd, n_tokens]
-    size_t        x_token_bytes = 0;
+    const float * x      = nullptr; // [n_embd, n_tokens]
+    size_t x_token_bytes = 0;
 
-    const int32_t * ids             = nullptr;  // [top_k, n_tokens]; out of range means: skip this pair
-    size_t          ids_token_bytes = 0;
+    const int32_t * ids    = nullptr; // [top_k, n_tokens]; out of range means: skip this pair
+    size_t ids_token_bytes = 0;
 
-    const float * weights             = nullptr;  // [top_k, n_tokens]
-    size_t        weights_token_bytes = 0;
+    const float * weights      = nullptr; // [top_k, n_tokens]
+    size_t weights_token_bytes = 0;
 
-    const uint8_t * take = nullptr;  // optional [top_k, n_tokens] contiguous: compute a pair only where non-zero
+    const uint8_t * take = nullptr; // optional [top_k, n_tokens] contiguous: compute a pair only where non-zero
 
-    float * y             = nullptr;  // [n_embd, n_tokens]; the sum over the computed pairs, k ascending
-    size_t  y_token_bytes = 0;
-    bool    accumulate    = false;  // add to y; otherwise tokens without a computed pair become zero
+    float * y            = nullptr; // [n_embd, n_tokens]; the sum over the computed pairs, k ascending
+    size_t y_token_bytes = 0;
+    bool accumulate      = false; // add to y; otherwise tokens without a computed pair become zero
 };
 
 struct moe_plan {
-    const kernel_set * kernels       = nullptr;
-    int64_t            max_tokens    = 0;
-    int32_t            top_k         = 0;
-    int32_t            n_threads     = 0;  // at most; a team may be smaller
-    int64_t            chunk_tokens  = 0;  // tokens per pass, so that scratch stays below the limit
-    size_t             scratch_bytes = 0;
+    const kernel_set * kernels = nullptr;
+    int64_t max_tokens         = 0;
+    int32_t top_k              = 0;
+    int32_t n_threads          = 0; // at most; a team may be smaller
+    int64_t chunk_tokens       = 0; // tokens per pass, so that scratch stays below the limit
+    size_t scratch_bytes       = 0;
 };
 
 constexpr size_t default_scratch_limit_bytes = size_t{40} << 20;
 
 // Scratch for up to max_tokens at once. Where the whole batch would need more than limit_bytes, moe_forward works
 // through it in passes of chunk_tokens (at least 32 tokens a pass, whatever the limit).
-moe_plan make_plan(const kernel_set * ks, const moe_layer & layer, int64_t max_tokens, int32_t top_k,
-                   int32_t n_threads, size_t limit_bytes = default_scratch_limit_bytes);
+moe_plan make_plan(const kernel_set * ks, const moe_layer & layer, int64_t max_tokens, int32_t top_k, int32_t n_threads,
+                   size_t limit_bytes = default_scratch_limit_bytes);
 
 struct team {
-    int32_t index = 0;
-    int32_t count = 1;
-    void (*barrier)(void * ctx) = nullptr;  // all threads of the team, full memory fence; may be nullptr if count is 1
-    void * ctx = nullptr;
+    int32_t index               = 0;
+    int32_t count               = 1;
+    void (*barrier)(void * ctx) = nullptr; // all threads of the team, full memory fence; may be nullptr if count is 1
+    void * ctx                  = nullptr;
 };
 
 // Called by every thread of the team with equal arguments but team.index. Returns when y is complete (it ends with a
@@ -192,9 +194,9 @@ struct team {
 void moe_forward(const moe_plan & plan, const moe_layer & layer, const moe_batch & batch, void * scratch,
                  const team & team);
 
-// Rows [row_begin, row_end) of logits = w x for one float-typed (f32, f16, bf16) matrix [n_in, n_out]: routers. Split rows
-// over the team as you like; a row's result depends on no other row.
+// Rows [row_begin, row_end) of logits = w x for one float-typed (f32, f16, bf16) matrix [n_in, n_out]: routers. Split
+// rows over the team as you like; a row's result depends on no other row.
 void router_rows(const kernel_set * ks, int32_t type, const void * w, size_t row_bytes, int64_t n_in, const float * x,
                  float * logits, int64_t row_begin, int64_t row_end);
 
-}  // namespace hybrimoe::kernels
+} // namespace hybrimoe::kernels

@@ -49,7 +49,7 @@ constexpr candidate candidates[] = {
     {&kernels_scalar, [] { return true; }},
 };
 
-}  // namespace
+} // namespace
 
 const kernel_set * best_kernel_set() {
     for (const candidate & c : candidates) {
@@ -69,7 +69,9 @@ const kernel_set * find_kernel_set(const char * name) {
     return nullptr;
 }
 
-const char * kernel_set_name(const kernel_set * ks) { return ks->name; }
+const char * kernel_set_name(const kernel_set * ks) {
+    return ks->name;
+}
 
 const char * const * available_kernel_sets() {
     struct name_list {
@@ -96,4 +98,4 @@ const type_kernels * find_kernels(const kernel_set * ks, int32_t type) {
     return nullptr;
 }
 
-}  // namespace hybrimoe::kernels
+} // namespace hybrimoe::kernels

@@ -48,7 +48,8 @@ void unpack_q45_k(const uint8_t * d_dmin_scales, const uint8_t * qs, const uint8
         const int low = (qs[32 * (g / 2) + i] >> (4 * (g % 2))) & 15;
         out->q[i]     = static_cast<int16_t>(low + (qh != nullptr ? ((qh[i] >> g) & 1) << 4 : 0));
     }
-    one_scale(out, half_to_float(load_u16(d_dmin_scales)) * scales[g], -(half_to_float(load_u16(d_dmin_scales + 2)) * mins[g]));
+    one_scale(out, half_to_float(load_u16(d_dmin_scales)) * scales[g],
+              -(half_to_float(load_u16(d_dmin_scales + 2)) * mins[g]));
 }
 
 void unpack_q6_k(const block_q6_k * block, int g, group32 * out) {
@@ -65,7 +66,7 @@ void unpack_q6_k(const block_q6_k * block, int g, group32 * out) {
     out->b        = 0.0f;
 }
 
-}  // namespace
+} // namespace
 
 const type_info * find_type(int32_t type) {
     for (const type_info & info : types) {
@@ -78,70 +79,74 @@ const type_info * find_type(int32_t type) {
 
 void unpack_group(int32_t type, const uint8_t * row, int64_t group, group32 * out) {
     switch (type) {
-        case type_q4_0: {
-            const auto * block = reinterpret_cast<const block_q4_0 *>(row) + group;
-            nibbles(block->qs, out->q, 8);
-            return one_scale(out, half_to_float(load_u16(block->d)));
+    case type_q4_0: {
+        const auto * block = reinterpret_cast<const block_q4_0 *>(row) + group;
+        nibbles(block->qs, out->q, 8);
+        return one_scale(out, half_to_float(load_u16(block->d)));
+    }
+    case type_q4_1: {
+        const auto * block = reinterpret_cast<const block_q4_1 *>(row) + group;
+        nibbles(block->qs, out->q, 0);
+        return one_scale(out, half_to_float(load_u16(block->d)), half_to_float(load_u16(block->m)));
+    }
+    case type_q8_0: {
+        const auto * block = reinterpret_cast<const block_q8_0 *>(row) + group;
+        for (int i = 0; i < 32; ++i) {
+            out->q[i] = static_cast<int8_t>(block->qs[i]);
         }
-        case type_q4_1: {
-            const auto * block = reinterpret_cast<const block_q4_1 *>(row) + group;
-            nibbles(block->qs, out->q, 0);
-            return one_scale(out, half_to_float(load_u16(block->d)), half_to_float(load_u16(block->m)));
-        }
-        case type_q8_0: {
-            const auto * block = reinterpret_cast<const block_q8_0 *>(row) + group;
-            for (int i = 0; i < 32; ++i) {
-                out->q[i] = static_cast<int8_t>(block->qs[i]);
-            }
-            return one_scale(out, half_to_float(load_u16(block->d)));
-        }
-        case type_iq4_nl: {
-            const auto * block = reinterpret_cast<const block_iq4_nl *>(row) + group;
-            table_nibbles(block->qs, iq4_values, out->q);
-            return one_scale(out, half_to_float(load_u16(block->d)));
-        }
-        case type_mxfp4: {
-            const auto * block = reinterpret_cast<const block_mxfp4 *>(row) + group;
-            table_nibbles(block->qs, mxfp4_values, out->q);
-            return one_scale(out, e8m0_half_to_float(block->e));
-        }
-        case type_q4_k: {
-            const auto * block = reinterpret_cast<const block_q4_k *>(row) + group / 8;
-            return unpack_q45_k(block->d, block->qs, nullptr, static_cast<int>(group % 8), out);
-        }
-        case type_q5_k: {
-            const auto * block = reinterpret_cast<const block_q5_k *>(row) + group / 8;
-            return unpack_q45_k(block->d, block->qs, block->qh, static_cast<int>(group % 8), out);
-        }
-        case type_q6_k:
-            return unpack_q6_k(reinterpret_cast<const block_q6_k *>(row) + group / 8, static_cast<int>(group % 8), out);
-        case type_iq4_xs: {
-            const auto * block = reinterpret_cast<const block_iq4_xs *>(row) + group / 8;
-            const int    g     = static_cast<int>(group % 8);
-            table_nibbles(block->qs + 16 * g, iq4_values, out->q);
-            const int low  = block->scales_l[g / 2] >> (4 * (g % 2)) & 15;
-            const int high = load_u16(block->scales_h) >> (2 * g) & 3;
-            return one_scale(out, half_to_float(load_u16(block->d)) * static_cast<float>((low | high << 4) - 32));
-        }
-        default: *out = group32{};
+        return one_scale(out, half_to_float(load_u16(block->d)));
+    }
+    case type_iq4_nl: {
+        const auto * block = reinterpret_cast<const block_iq4_nl *>(row) + group;
+        table_nibbles(block->qs, iq4_values, out->q);
+        return one_scale(out, half_to_float(load_u16(block->d)));
+    }
+    case type_mxfp4: {
+        const auto * block = reinterpret_cast<const block_mxfp4 *>(row) + group;
+        table_nibbles(block->qs, mxfp4_values, out->q);
+        return one_scale(out, e8m0_half_to_float(block->e));
+    }
+    case type_q4_k: {
+        const auto * block = reinterpret_cast<const block_q4_k *>(row) + group / 8;
+        return unpack_q45_k(block->d, block->qs, nullptr, static_cast<int>(group % 8), out);
+    }
+    case type_q5_k: {
+        const auto * block = reinterpret_cast<const block_q5_k *>(row) + group / 8;
+        return unpack_q45_k(block->d, block->qs, block->qh, static_cast<int>(group % 8), out);
+    }
+    case type_q6_k:
+        return unpack_q6_k(reinterpret_cast<const block_q6_k *>(row) + group / 8, static_cast<int>(group % 8), out);
+    case type_iq4_xs: {
+        const auto * block = reinterpret_cast<const block_iq4_xs *>(row) + group / 8;
+        const int g        = static_cast<int>(group % 8);
+        table_nibbles(block->qs + 16 * g, iq4_values, out->q);
+        const int low  = block->scales_l[g / 2] >> (4 * (g % 2)) & 15;
+        const int high = load_u16(block->scales_h) >> (2 * g) & 3;
+        return one_scale(out, half_to_float(load_u16(block->d)) * static_cast<float>((low | high << 4) - 32));
+    }
+    default:
+        *out = group32{};
     }
 }
 
 void dequantize_row(int32_t type, const void * row, float * out, int64_t n_values) {
     const auto * bytes = static_cast<const uint8_t *>(row);
     switch (type) {
-        case type_f32: memcpy(out, row, static_cast<size_t>(n_values) * sizeof(float)); return;
-        case type_f16:
-            for (int64_t i = 0; i < n_values; ++i) {
-                out[i] = half_to_float(load_u16(bytes + 2 * i));
-            }
-            return;
-        case type_bf16:
-            for (int64_t i = 0; i < n_values; ++i) {
-                out[i] = bits_to_float(static_cast<uint32_t>(load_u16(bytes + 2 * i)) << 16);
-            }
-            return;
-        default: break;
+    case type_f32:
+        memcpy(out, row, static_cast<size_t>(n_values) * sizeof(float));
+        return;
+    case type_f16:
+        for (int64_t i = 0; i < n_values; ++i) {
+            out[i] = half_to_float(load_u16(bytes + 2 * i));
+        }
+        return;
+    case type_bf16:
+        for (int64_t i = 0; i < n_values; ++i) {
+            out[i] = bits_to_float(static_cast<uint32_t>(load_u16(bytes + 2 * i)) << 16);
+        }
+        return;
+    default:
+        break;
     }
     for (int64_t g = 0; g < n_values / 32; ++g) {
         group32 group;
@@ -152,4 +157,4 @@ void dequantize_row(int32_t type, const void * row, float * out, int64_t n_value
     }
 }
 
-}  // namespace hybrimoe::kernels
+} // namespace hybrimoe::kernels

@@ -46,11 +46,11 @@ double load_average() {
 
 struct omp_barrier {
     explicit omp_barrier(int n) : count(n) {}
-    int                           count;
+    int count;
     alignas(64) std::atomic<int> arrived{0};
     alignas(64) std::atomic<int> round{0};
     static void call(void * p) {
-        auto *    self = static_cast<omp_barrier *>(p);
+        auto * self    = static_cast<omp_barrier *>(p);
         const int turn = self->round.load(std::memory_order_acquire);
         if (self->arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == self->count) {
             self->arrived.store(0, std::memory_order_relaxed);
@@ -65,16 +65,16 @@ struct omp_barrier {
 
 double stream_bytes_per_s(const std::vector<uint8_t> & memory, int n_threads) {
     std::vector<double> rates;
-    const size_t        part = memory.size() / 8;
+    const size_t part = memory.size() / 8;
     for (int i = 0; i < 24; ++i) {
-        const uint8_t *  from = memory.data() + static_cast<size_t>(i % 8) * part;
+        const uint8_t * from = memory.data() + static_cast<size_t>(i % 8) * part;
         std::vector<uint64_t> sink(static_cast<size_t>(n_threads) * 8);
-        const double     start = seconds();
+        const double start = seconds();
 #pragma omp parallel num_threads(n_threads)
         {
-            const auto   t     = static_cast<size_t>(omp_get_thread_num());
+            const auto t       = static_cast<size_t>(omp_get_thread_num());
             const size_t bytes = part / static_cast<size_t>(n_threads) / 64 * 64;
-            uint64_t     sum[8] = {};
+            uint64_t sum[8]    = {};
             for (size_t at = t * bytes; at + 64 <= (t + 1) * bytes; at += 64) {
                 __builtin_prefetch(from + at + 3072);
                 uint64_t v[8];
@@ -110,9 +110,9 @@ double cached_bytes_per_s(const kernel_set * ks, int32_t type, int n_threads) {
     mod.make(type, type, type, 1024, 512, 1, ffn_op::swiglu, 1, 0, false);
     input in;
     in.make(1, 1, 1024, 2);
-    std::vector<float>  y(1024);
-    const moe_plan      plan = make_plan(ks, mod.layer, 1, 1, n_threads);
-    scratch_buffer      scratch(plan.scratch_bytes);
+    std::vector<float> y(1024);
+    const moe_plan plan = make_plan(ks, mod.layer, 1, 1, n_threads);
+    scratch_buffer scratch(plan.scratch_bytes);
     std::vector<double> times;
     for (int i = 0; i < 200; ++i) {
         const double start = seconds();
@@ -125,15 +125,16 @@ double cached_bytes_per_s(const kernel_set * ks, int32_t type, int n_threads) {
 void bench_type(const kernel_set * ks, int32_t type, int n_threads, double stream) {
     const int n_expert = 128;
     const int top_k    = 8;
-    model     mod;
+    model mod;
     mod.make(type, type, type, 2048, 768, n_expert, ffn_op::swiglu, 1, 0, false);
-    const double layer_bytes = static_cast<double>(mod.gate.m.row_bytes * 768 * 2 + mod.down.m.row_bytes * 2048) * top_k;
+    const double layer_bytes =
+        static_cast<double>(mod.gate.m.row_bytes * 768 * 2 + mod.down.m.row_bytes * 2048) * top_k;
 
     input in;
     in.make(1, top_k, 2048, 2);
-    std::vector<float>  y(2048);
-    const moe_plan      plan = make_plan(ks, mod.layer, 1, top_k, n_threads);
-    scratch_buffer      scratch(plan.scratch_bytes);
+    std::vector<float> y(2048);
+    const moe_plan plan = make_plan(ks, mod.layer, 1, top_k, n_threads);
+    scratch_buffer scratch(plan.scratch_bytes);
     std::vector<double> times;
     for (int i = 0; i < 160; ++i) {
         for (int k = 0; k < top_k; ++k) {
@@ -153,8 +154,8 @@ void bench_type(const kernel_set * ks, int32_t type, int n_threads, double strea
         input many;
         many.make(n * 8, 1, 2048, 3);
         std::vector<float> ym(many.x.size());
-        const moe_plan     p = make_plan(ks, mod.layer, n * 8, 1, n_threads, size_t{1} << 30);
-        scratch_buffer     s(p.scratch_bytes);
+        const moe_plan p = make_plan(ks, mod.layer, n * 8, 1, n_threads, size_t{1} << 30);
+        scratch_buffer s(p.scratch_bytes);
         std::vector<double> t;
         for (int i = 0; i < (n >= 64 ? 5 : 9); ++i) {
             for (size_t j = 0; j < many.ids.size(); ++j) {
@@ -181,8 +182,8 @@ void bench_fixed(const kernel_set * ks, int n_threads) {
         in.ids[static_cast<size_t>(k)] = k;
     }
     std::vector<float> y(64);
-    const moe_plan     plan = make_plan(ks, mod.layer, 1, 8, n_threads);
-    scratch_buffer     scratch(plan.scratch_bytes);
+    const moe_plan plan = make_plan(ks, mod.layer, 1, 8, n_threads);
+    scratch_buffer scratch(plan.scratch_bytes);
     std::vector<double> times;
     std::vector<double> empty;
     for (int i = 0; i < 300; ++i) {
@@ -191,18 +192,20 @@ void bench_fixed(const kernel_set * ks, int n_threads) {
         times.push_back(seconds() - start);
         start = seconds();
 #pragma omp parallel num_threads(n_threads)
-        { asm volatile("" ::: "memory"); }
+        {
+            asm volatile("" ::: "memory");
+        }
         empty.push_back(seconds() - start);
     }
     printf("%-7s layer of 8 experts of 64 x 64 %.1f us; an empty parallel region %.1f us\n", kernel_set_name(ks),
            median(times) * 1e6, median(empty) * 1e6);
 }
 
-}  // namespace
+} // namespace
 
 int main(int argc, char ** argv) {
-    const int          n_threads = argc > 1 ? atoi(argv[1]) : 2;
-    const kernel_set * ks        = argc > 2 ? find_kernel_set(argv[2]) : best_kernel_set();
+    const int n_threads   = argc > 1 ? atoi(argv[1]) : 2;
+    const kernel_set * ks = argc > 2 ? find_kernel_set(argv[2]) : best_kernel_set();
     if (ks == nullptr || n_threads < 1) {
         fprintf(stderr, "error: no kernel set '%s' on this CPU\nhint: bench_kernels [threads] [set] [type ...]\n",
                 argc > 2 ? argv[2] : "");
@@ -217,8 +220,8 @@ int main(int argc, char ** argv) {
     }
     printf("stream read with %d threads: %.1f GB/s\n", n_threads, stream * 1e-9);
     bench_fixed(ks, n_threads);
-    for (const int32_t type : {type_q4_0, type_q4_k, type_q8_0, type_q6_k, type_q4_1, type_q5_k, type_iq4_xs, type_iq4_nl,
-                               type_mxfp4, type_bf16, type_f16, type_f32}) {
+    for (const int32_t type : {type_q4_0, type_q4_k, type_q8_0, type_q6_k, type_q4_1, type_q5_k, type_iq4_xs,
+                               type_iq4_nl, type_mxfp4, type_bf16, type_f16, type_f32}) {
         bool wanted = argc <= 3;
         for (int i = 3; i < argc; ++i) {
             wanted = wanted || strcmp(argv[i], find_type(type)->name) == 0;

@@ -44,7 +44,7 @@ inline uint16_t to_half(float f) {
     uint32_t bits;
     memcpy(&bits, &f, 4);
     const uint32_t sign = bits >> 16 & 0x8000;
-    const int      exp  = static_cast<int>(bits >> 23 & 255) - 112;
+    const int exp       = static_cast<int>(bits >> 23 & 255) - 112;
     if (exp <= 0) {
         return static_cast<uint16_t>(sign);
     }
@@ -68,59 +68,78 @@ inline void random_block(int32_t type, uint8_t * p, float scale, rng & r) {
     };
     const float s = scale * (0.5f + r.uniform()) * (r.uniform() < 0.3f ? -1.0f : 1.0f);
     switch (type) {
-        case type_f32: {
-            const float v = scale * r.normal();
-            memcpy(p, &v, 4);
-            break;
+    case type_f32: {
+        const float v = scale * r.normal();
+        memcpy(p, &v, 4);
+        break;
+    }
+    case type_f16:
+        put(0, scale * r.normal());
+        break;
+    case type_bf16: {
+        const float v = scale * r.normal();
+        memcpy(p, reinterpret_cast<const uint8_t *>(&v) + 2, 2);
+        break;
+    }
+    case type_q4_0:
+        put(0, s / 4.6f);
+        break;
+    case type_q4_1:
+        put(0, s / 4.6f);
+        put(2, -7.5f * s / 4.6f);
+        break;
+    case type_q8_0:
+        put(0, s / 74.0f);
+        break;
+    case type_iq4_nl:
+        put(0, s / 70.0f);
+        break;
+    case type_mxfp4:
+        p[0] = static_cast<uint8_t>(127 + std::ilogb(scale / 3.0f) + static_cast<int>(r.next() >> 63));
+        break;
+    // mins equal to the scales in units that centre each group, as in real weights
+    case type_q4_k:
+    case type_q5_k:
+        memcpy(p + 8, p + 4, 4);
+        for (int i = 12; i < 16; ++i) {
+            p[i] = static_cast<uint8_t>((p[i] & 15) * 17);
         }
-        case type_f16: put(0, scale * r.normal()); break;
-        case type_bf16: {
-            const float v = scale * r.normal();
-            memcpy(p, reinterpret_cast<const uint8_t *>(&v) + 2, 2);
-            break;
-        }
-        case type_q4_0: put(0, s / 4.6f); break;
-        case type_q4_1: put(0, s / 4.6f); put(2, -7.5f * s / 4.6f); break;
-        case type_q8_0: put(0, s / 74.0f); break;
-        case type_iq4_nl: put(0, s / 70.0f); break;
-        case type_mxfp4: p[0] = static_cast<uint8_t>(127 + std::ilogb(scale / 3.0f) + static_cast<int>(r.next() >> 63)); break;
-        // mins equal to the scales in units that centre each group, as in real weights
-        case type_q4_k:
-        case type_q5_k:
-            memcpy(p + 8, p + 4, 4);
-            for (int i = 12; i < 16; ++i) {
-                p[i] = static_cast<uint8_t>((p[i] & 15) * 17);
-            }
-            put(0, std::fabs(s) / (type == type_q4_k ? 147.0f : 295.0f));
-            put(2, std::fabs(s) / (type == type_q4_k ? 147.0f / 7.5f : 295.0f / 15.5f));
-            break;
-        case type_q6_k: put(208, s / 1300.0f); break;
-        case type_iq4_xs: put(0, s / 1300.0f); break;
-        default: break;
+        put(0, std::fabs(s) / (type == type_q4_k ? 147.0f : 295.0f));
+        put(2, std::fabs(s) / (type == type_q4_k ? 147.0f / 7.5f : 295.0f / 15.5f));
+        break;
+    case type_q6_k:
+        put(208, s / 1300.0f);
+        break;
+    case type_iq4_xs:
+        put(0, s / 1300.0f);
+        break;
+    default:
+        break;
     }
 }
 
 struct matrix {
-    std::unique_ptr<uint8_t[]> bytes;  // exactly as long as the tensor: a sanitizer sees reads beyond it
-    expert_matrix              m;
-    std::vector<float>         bias;
-    std::vector<float>         scale;
-    std::vector<float>         values;  // dequantised
-    int64_t                    n_in  = 0;
-    int64_t                    n_out = 0;
+    std::unique_ptr<uint8_t[]> bytes; // exactly as long as the tensor: a sanitizer sees reads beyond it
+    expert_matrix m;
+    std::vector<float> bias;
+    std::vector<float> scale;
+    std::vector<float> values; // dequantised
+    int64_t n_in  = 0;
+    int64_t n_out = 0;
 
     // gap_bytes between rows makes odd strides
-    void make(int32_t type, int64_t in, int64_t out, int n_expert, rng & r, size_t gap_bytes = 0, bool dequantise = true) {
-        n_in           = in;
-        n_out          = out;
-        m.type         = type;
-        m.row_bytes    = row_bytes_of(type, in) + gap_bytes;
-        m.expert_bytes = m.row_bytes * static_cast<size_t>(out);
+    void make(int32_t type, int64_t in, int64_t out, int n_expert, rng & r, size_t gap_bytes = 0,
+              bool dequantise = true) {
+        n_in             = in;
+        n_out            = out;
+        m.type           = type;
+        m.row_bytes      = row_bytes_of(type, in) + gap_bytes;
+        m.expert_bytes   = m.row_bytes * static_cast<size_t>(out);
         const auto rows  = static_cast<size_t>(out) * static_cast<size_t>(n_expert);
         const auto total = rows * m.row_bytes - gap_bytes;
         bytes.reset(new uint8_t[total]());
         const type_info * info = find_type(type);
-        const float       std_dev = 1.0f / std::sqrt(static_cast<float>(in));
+        const float std_dev    = 1.0f / std::sqrt(static_cast<float>(in));
         if (dequantise) {
             values.resize(rows * static_cast<size_t>(in));
         }
@@ -153,7 +172,7 @@ struct matrix {
 };
 
 struct model {
-    matrix    gate, up, down;
+    matrix gate, up, down;
     moe_layer layer;
 
     void make(int32_t gate_type, int32_t up_type, int32_t down_type, int64_t n_embd, int64_t n_ff, int n_expert,
@@ -180,12 +199,12 @@ struct model {
 };
 
 struct input {
-    int64_t              n_tokens = 0;
-    int32_t              top_k    = 0;
-    int64_t              n_embd   = 0;
-    std::vector<float>   x;
+    int64_t n_tokens = 0;
+    int32_t top_k    = 0;
+    int64_t n_embd   = 0;
+    std::vector<float> x;
     std::vector<int32_t> ids;
-    std::vector<float>   weights;
+    std::vector<float> weights;
     std::vector<uint8_t> take;
 
     void make(int64_t tokens, int32_t k, int64_t embd, uint64_t seed) {
@@ -252,7 +271,7 @@ public:
     static void call(void * self) { static_cast<spin_barrier *>(self)->wait(); }
 
 private:
-    int              count;
+    int count;
     std::atomic<int> arrived{0};
     std::atomic<int> round{0};
 };
@@ -268,15 +287,15 @@ struct scratch_buffer {
 inline std::vector<float> forward(const kernel_set * ks, const moe_layer & layer, const input & in, int n_threads,
                                   size_t limit_bytes = default_scratch_limit_bytes, const float * add_to = nullptr) {
     std::vector<float> y(in.x.size(), -77.0f);
-    moe_batch          batch = in.batch(y.data());
+    moe_batch batch = in.batch(y.data());
     if (add_to != nullptr) {
         y.assign(add_to, add_to + y.size());
         batch.accumulate = true;
     }
     const moe_plan plan = make_plan(ks, layer, in.n_tokens, in.top_k, n_threads, limit_bytes);
     scratch_buffer scratch(plan.scratch_bytes);
-    spin_barrier   barrier(n_threads);
-    const auto     work = [&](int index) {
+    spin_barrier barrier(n_threads);
+    const auto work = [&](int index) {
         const team t = {index, n_threads, spin_barrier::call, &barrier};
         moe_forward(plan, layer, batch, scratch.p, t);
     };
@@ -296,34 +315,51 @@ inline std::vector<float> forward(const kernel_set * ks, const moe_layer & layer
 
 inline double reference_act(const moe_layer & layer, double g, double u) {
     const auto sigmoid = [](double v) { return 1.0 / (1.0 + std::exp(-v)); };
-    const auto gelu    = [](double v) { return 0.5 * v * (1.0 + std::tanh(0.79788456080286535588 * v * (1.0 + 0.044715 * v * v))); };
+    const auto gelu    = [](double v) {
+        return 0.5 * v * (1.0 + std::tanh(0.79788456080286535588 * v * (1.0 + 0.044715 * v * v)));
+    };
     const auto erf_    = [](double v) { return 0.5 * v * (1.0 + std::erf(v * 0.70710678118654752440)); };
     const double limit = layer.limit;
     const double alpha = layer.alpha;
-    const auto   clamp = [limit](double v) { return std::fmin(std::fmax(v, -limit), limit); };
+    const auto clamp   = [limit](double v) { return std::fmin(std::fmax(v, -limit), limit); };
     switch (layer.op) {
-        case ffn_op::reglu: return std::fmax(g, 0.0) * u;
-        case ffn_op::geglu: return gelu(g) * u;
-        case ffn_op::swiglu: return g * sigmoid(g) * u;
-        case ffn_op::swiglu_oai: return std::fmin(g, limit) * sigmoid(alpha * std::fmin(g, limit)) * (clamp(u) + 1.0);
-        case ffn_op::geglu_erf: return erf_(g) * u;
-        case ffn_op::geglu_quick: return g * sigmoid(1.702 * g) * u;
-        case ffn_op::swiglu_clamp: return std::fmin(g, limit) * sigmoid(std::fmin(g, limit)) * clamp(u);
-        case ffn_op::swiglu_limit: return std::fmin(g * sigmoid(g), limit) * clamp(u);
-        case ffn_op::situ: return alpha * std::tanh(g / alpha) * sigmoid(g) * (limit > 0 ? limit * std::tanh(u / limit) : u);
-        case ffn_op::silu: return u * sigmoid(u);
-        case ffn_op::gelu: return gelu(u);
-        case ffn_op::gelu_erf: return erf_(u);
-        case ffn_op::gelu_quick: return u * sigmoid(1.702 * u);
-        case ffn_op::relu: return std::fmax(u, 0.0);
-        case ffn_op::relu_sqr: return u > 0 ? u * u : 0.0;
+    case ffn_op::reglu:
+        return std::fmax(g, 0.0) * u;
+    case ffn_op::geglu:
+        return gelu(g) * u;
+    case ffn_op::swiglu:
+        return g * sigmoid(g) * u;
+    case ffn_op::swiglu_oai:
+        return std::fmin(g, limit) * sigmoid(alpha * std::fmin(g, limit)) * (clamp(u) + 1.0);
+    case ffn_op::geglu_erf:
+        return erf_(g) * u;
+    case ffn_op::geglu_quick:
+        return g * sigmoid(1.702 * g) * u;
+    case ffn_op::swiglu_clamp:
+        return std::fmin(g, limit) * sigmoid(std::fmin(g, limit)) * clamp(u);
+    case ffn_op::swiglu_limit:
+        return std::fmin(g * sigmoid(g), limit) * clamp(u);
+    case ffn_op::situ:
+        return alpha * std::tanh(g / alpha) * sigmoid(g) * (limit > 0 ? limit * std::tanh(u / limit) : u);
+    case ffn_op::silu:
+        return u * sigmoid(u);
+    case ffn_op::gelu:
+        return gelu(u);
+    case ffn_op::gelu_erf:
+        return erf_(u);
+    case ffn_op::gelu_quick:
+        return u * sigmoid(1.702 * u);
+    case ffn_op::relu:
+        return std::fmax(u, 0.0);
+    case ffn_op::relu_sqr:
+        return u > 0 ? u * u : 0.0;
     }
     return 0.0;
 }
 
 inline double reference_dot(const float * w, const float * x, int64_t n) {
     double sum[8] = {};
-    int64_t i = 0;
+    int64_t i     = 0;
     for (; i + 8 <= n; i += 8) {
         for (int j = 0; j < 8; ++j) {
             sum[j] += static_cast<double>(w[i + j]) * static_cast<double>(x[i + j]);
@@ -338,9 +374,15 @@ inline double reference_dot(const float * w, const float * x, int64_t n) {
 inline void reference_matrix(const matrix & m, int e, const float * x, std::vector<float> & out) {
     out.resize(static_cast<size_t>(m.n_out));
     for (int64_t r = 0; r < m.n_out; ++r) {
-        double v = reference_dot(m.values.data() + (static_cast<size_t>(e) * static_cast<size_t>(m.n_out) + static_cast<size_t>(r)) * static_cast<size_t>(m.n_in), x, m.n_in);
+        double v = reference_dot(m.values.data() +
+                                     (static_cast<size_t>(e) * static_cast<size_t>(m.n_out) + static_cast<size_t>(r)) *
+                                         static_cast<size_t>(m.n_in),
+                                 x, m.n_in);
         v *= m.scale.empty() ? 1.0 : static_cast<double>(m.scale[static_cast<size_t>(e)]);
-        v += m.bias.empty() ? 0.0 : static_cast<double>(m.bias[static_cast<size_t>(e) * static_cast<size_t>(m.n_out) + static_cast<size_t>(r)]);
+        v += m.bias.empty()
+                 ? 0.0
+                 : static_cast<double>(
+                       m.bias[static_cast<size_t>(e) * static_cast<size_t>(m.n_out) + static_cast<size_t>(r)]);
         out[static_cast<size_t>(r)] = static_cast<float>(v);
     }
 }
@@ -351,7 +393,7 @@ inline std::vector<float> reference(const model & mod, const input & in) {
     for (int64_t t = 0; t < in.n_tokens; ++t) {
         for (int k = 0; k < in.top_k; ++k) {
             const auto pair = static_cast<size_t>(t * in.top_k + k);
-            const int  e    = in.ids[pair];
+            const int e     = in.ids[pair];
             if (e < 0 || e >= mod.layer.n_expert || (!in.take.empty() && in.take[pair] == 0)) {
                 continue;
             }
@@ -365,7 +407,8 @@ inline std::vector<float> reference(const model & mod, const input & in) {
             }
             h.resize(u.size());
             for (size_t i = 0; i < u.size(); ++i) {
-                h[i] = static_cast<float>(reference_act(mod.layer, g.empty() ? 0.0 : static_cast<double>(g[i]), static_cast<double>(u[i])));
+                h[i] = static_cast<float>(
+                    reference_act(mod.layer, g.empty() ? 0.0 : static_cast<double>(g[i]), static_cast<double>(u[i])));
             }
             reference_matrix(mod.down, e, h.data(), out);
             for (size_t i = 0; i < x.size(); ++i) {
@@ -387,4 +430,4 @@ inline double nmse(const std::vector<float> & a, const std::vector<float> & b) {
     return sum > 0.0 ? err / sum : err;
 }
 
-}  // namespace fixture
+} // namespace fixture

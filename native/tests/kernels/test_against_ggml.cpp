@@ -24,11 +24,11 @@ struct ggml_api {
     void * base = nullptr;
     void * cpu  = nullptr;
     const cpu_traits * (*traits)(int32_t type);
-    size_t (*quantize)(int32_t type, const float * from, void * to, int64_t start, int64_t n_rows, int64_t n_per_row, const float * imatrix);
+    size_t (*quantize)(int32_t type, const float * from, void * to, int64_t start, int64_t n_rows, int64_t n_per_row,
+                       const float * imatrix);
     size_t (*row_size)(int32_t type, int64_t n);
 
-    template <class fn>
-    static fn symbol(void * library, const char * name) {
+    template <class fn> static fn symbol(void * library, const char * name) {
         void * p = dlsym(library, name);
         if (p == nullptr) {
             fprintf(stderr, "error: %s is missing\nhint: %s\n", name, dlerror());
@@ -46,7 +46,8 @@ struct ggml_api {
         }
         symbol<void (*)()>(cpu, "ggml_cpu_init")();
         traits   = symbol<const cpu_traits * (*)(int32_t)>(cpu, "ggml_get_type_traits_cpu");
-        quantize = symbol<size_t (*)(int32_t, const float *, void *, int64_t, int64_t, int64_t, const float *)>(base, "ggml_quantize_chunk");
+        quantize = symbol<size_t (*)(int32_t, const float *, void *, int64_t, int64_t, int64_t, const float *)>(
+            base, "ggml_quantize_chunk");
         row_size = symbol<size_t (*)(int32_t, int64_t)>(base, "ggml_row_size");
     }
 };
@@ -62,7 +63,7 @@ void check(bool ok, const std::string & what) {
 
 // Gaussian weights, quantised by ggml
 void quantise(const ggml_api & ggml, matrix & m, int n_expert, uint64_t seed) {
-    rng                r(seed);
+    rng r(seed);
     std::vector<float> row(static_cast<size_t>(m.n_in));
     for (int64_t i = 0; i < m.n_out * n_expert; ++i) {
         for (float & v : row) {
@@ -80,13 +81,13 @@ void quantise(const ggml_api & ggml, matrix & m, int n_expert, uint64_t seed) {
 
 void check_blocks(const ggml_api & ggml, const matrix & m, int n_expert) {
     const char * name = find_type(m.m.type)->name;
-    void * symbol = dlsym(ggml.base, (std::string("dequantize_row_") + name).c_str());
+    void * symbol     = dlsym(ggml.base, (std::string("dequantize_row_") + name).c_str());
     if (symbol == nullptr) {
-        return;  // f32, f16 and bf16 have no such function
+        return; // f32, f16 and bf16 have no such function
     }
     auto to_float = reinterpret_cast<void (*)(const void *, float *, int64_t)>(symbol);
     std::vector<float> row(static_cast<size_t>(m.n_in));
-    bool               equal = true;
+    bool equal = true;
     for (int64_t i = 0; i < m.n_out * n_expert; ++i) {
         to_float(m.bytes.get() + static_cast<size_t>(i) * m.m.row_bytes, row.data(), m.n_in);
         for (size_t k = 0; k < row.size(); ++k) {
@@ -97,7 +98,7 @@ void check_blocks(const ggml_api & ggml, const matrix & m, int n_expert) {
 }
 
 std::vector<float> stock_matrix(const ggml_api & ggml, const matrix & m, int expert, const std::vector<float> & x) {
-    const cpu_traits *   traits = ggml.traits(m.m.type);
+    const cpu_traits * traits = ggml.traits(m.m.type);
     std::vector<uint8_t> act(ggml.row_size(traits->vec_dot_type, m.n_in) + 64);
     if (traits->vec_dot_type == type_f32) {
         memcpy(act.data(), x.data(), x.size() * sizeof(float));
@@ -106,7 +107,8 @@ std::vector<float> stock_matrix(const ggml_api & ggml, const matrix & m, int exp
     }
     std::vector<float> out(static_cast<size_t>(m.n_out));
     for (int64_t r = 0; r < m.n_out; ++r) {
-        const uint8_t * row = m.bytes.get() + static_cast<size_t>(expert) * m.m.expert_bytes + static_cast<size_t>(r) * m.m.row_bytes;
+        const uint8_t * row =
+            m.bytes.get() + static_cast<size_t>(expert) * m.m.expert_bytes + static_cast<size_t>(r) * m.m.row_bytes;
         traits->vec_dot(static_cast<int>(m.n_in), &out[static_cast<size_t>(r)], 0, row, 0, act.data(), 0, 1);
     }
     return out;
@@ -114,12 +116,13 @@ std::vector<float> stock_matrix(const ggml_api & ggml, const matrix & m, int exp
 
 std::vector<float> stock(const ggml_api & ggml, const model & mod, const input & in) {
     std::vector<float> y(in.x.size(), 0.0f);
-    const auto         n = static_cast<size_t>(in.n_embd);
+    const auto n = static_cast<size_t>(in.n_embd);
     for (size_t pair = 0; pair < in.ids.size(); ++pair) {
-        const size_t             t = pair / static_cast<size_t>(in.top_k);
-        const std::vector<float> x(in.x.begin() + static_cast<long>(t * n), in.x.begin() + static_cast<long>((t + 1) * n));
+        const size_t t = pair / static_cast<size_t>(in.top_k);
+        const std::vector<float> x(in.x.begin() + static_cast<long>(t * n),
+                                   in.x.begin() + static_cast<long>((t + 1) * n));
         const std::vector<float> g = stock_matrix(ggml, mod.gate, in.ids[pair], x);
-        std::vector<float>       h = stock_matrix(ggml, mod.up, in.ids[pair], x);
+        std::vector<float> h       = stock_matrix(ggml, mod.up, in.ids[pair], x);
         for (size_t i = 0; i < h.size(); ++i) {
             h[i] = static_cast<float>(reference_act(mod.layer, static_cast<double>(g[i]), static_cast<double>(h[i])));
         }
@@ -133,11 +136,11 @@ std::vector<float> stock(const ggml_api & ggml, const model & mod, const input &
 
 void compare(const ggml_api & ggml, int32_t type) {
     constexpr int n_expert = 3;
-    model         mod;
+    model mod;
     mod.make(type, type, type, 512, 768, n_expert, ffn_op::swiglu, 1);
     uint64_t seed = 100;
     for (matrix * m : {&mod.gate, &mod.up, &mod.down}) {
-        check_blocks(ggml, *m, n_expert);  // random bits
+        check_blocks(ggml, *m, n_expert); // random bits
         quantise(ggml, *m, n_expert, ++seed);
         check_blocks(ggml, *m, n_expert);
     }
@@ -145,14 +148,14 @@ void compare(const ggml_api & ggml, int32_t type) {
         input in;
         in.make(tokens, 2, 512, 7);
         in.route_randomly(n_expert, 8);
-        const std::vector<float> ref         = reference(mod, in);
-        const double             stock_error = nmse(stock(ggml, mod, in), ref);
+        const std::vector<float> ref = reference(mod, in);
+        const double stock_error     = nmse(stock(ggml, mod, in), ref);
         printf("%-7s %2d tokens: stock %.3e", find_type(type)->name, tokens, stock_error);
         for (const char * const * name = available_kernel_sets(); *name != nullptr; ++name) {
             const double error = nmse(forward(find_kernel_set(*name), mod.layer, in, 1), ref);
             printf("  %s %.3e", *name, error);
-            check(error <= 1.1 * stock_error + 1e-12,
-                  std::string(*name) + " " + find_type(type)->name + ": error " + std::to_string(error / stock_error) + " of stock's");
+            check(error <= 1.1 * stock_error + 1e-12, std::string(*name) + " " + find_type(type)->name + ": error " +
+                                                          std::to_string(error / stock_error) + " of stock's");
         }
         printf("\n");
     }
@@ -160,7 +163,7 @@ void compare(const ggml_api & ggml, int32_t type) {
 
 // ggml's dot products through the external interface are ggml's results.
 void compare_external(const ggml_api & ggml) {
-    const cpu_traits *  traits   = ggml.traits(type_q4_k);
+    const cpu_traits * traits    = ggml.traits(type_q4_k);
     const external_type external = {traits->vec_dot, ggml.traits(traits->vec_dot_type)->from_float,
                                     ggml.row_size(traits->vec_dot_type, 256), 256};
     model mod;
@@ -174,11 +177,12 @@ void compare_external(const ggml_api & ggml) {
     in.make(5, 1, 256, 7);
     const std::vector<float> theirs = stock(ggml, mod, in);
     for (const char * const * name = available_kernel_sets(); *name != nullptr; ++name) {
-        check(nmse(forward(find_kernel_set(*name), layer, in, 1), theirs) < 1e-10, std::string(*name) + ": external dot products");
+        check(nmse(forward(find_kernel_set(*name), layer, in, 1), theirs) < 1e-10,
+              std::string(*name) + ": external dot products");
     }
 }
 
-}  // namespace
+} // namespace
 
 int main(int argc, char ** argv) {
     if (argc != 2) {

@@ -10,10 +10,10 @@ using namespace fixture;
 
 namespace {
 
-int  n_checks   = 0;
-int  n_failures = 0;
-bool quick      = false;
-bool few_types  = false;
+int n_checks   = 0;
+int n_failures = 0;
+bool quick     = false;
+bool few_types = false;
 
 void check(bool ok, const std::string & what) {
     ++n_checks;
@@ -36,20 +36,26 @@ std::vector<const kernel_set *> all_sets() {
     return sets;
 }
 
-// Two int8 activation quantisations, of x and of the hidden row: a product of two normal values, whose largest of 256 is
-// 6 deviations and more, so one scale for 256 values costs (6 / 127)^2 / 12 there (stock: the same, see test_against_ggml). Types with float activations carry rounding errors only.
+// Two int8 activation quantisations, of x and of the hidden row: a product of two normal values, whose largest of 256
+// is 6 deviations and more, so one scale for 256 values costs (6 / 127)^2 / 12 there (stock: the same, see
+// test_against_ggml). Types with float activations carry rounding errors only.
 double bound_of(int32_t type) {
     switch (find_type(type)->act) {
-        case act_format::f32: return 1e-10;
-        case act_format::q8_32: return 2.5e-4;
-        default: return 8e-4;
+    case act_format::f32:
+        return 1e-10;
+    case act_format::q8_32:
+        return 2.5e-4;
+    default:
+        return 8e-4;
     }
 }
 
-std::string label(const kernel_set * ks, const std::string & what) { return std::string(kernel_set_name(ks)) + ": " + what; }
+std::string label(const kernel_set * ks, const std::string & what) {
+    return std::string(kernel_set_name(ks)) + ": " + what;
+}
 
-void expect_near(const kernel_set * ks, const model & mod, const input & in, const std::vector<float> & ref, double bound,
-                 const std::string & what, size_t limit = default_scratch_limit_bytes) {
+void expect_near(const kernel_set * ks, const model & mod, const input & in, const std::vector<float> & ref,
+                 double bound, const std::string & what, size_t limit = default_scratch_limit_bytes) {
     const double e = nmse(forward(ks, mod.layer, in, 1, limit), ref);
     check(e <= bound, label(ks, what) + ": NMSE " + std::to_string(e * 1e6) + "e-6");
 }
@@ -65,15 +71,16 @@ void test_types_and_shapes() {
     const shape small_blocks[] = {{64, 96}, {192, 768}, {1088, 160}, {96, 1408}};
     const shape large_blocks[] = {{256, 256}, {512, 768}, {1280, 256}};
     const shape floats[]       = {{64, 96}, {37, 51}, {200, 768}, {1000, 70}};
-    const int   tokens[]       = {1, 2, 3, 16, 17, 64, 512};
+    const int tokens[]         = {1, 2, 3, 16, 17, 64, 512};
     for (const int32_t type : all_types) {
-        const type_info * info   = find_type(type);
-        const bool        is_k   = info->block_values == 256;
-        const shape *     shapes = is_k ? large_blocks : info->block_values == 32 ? small_blocks : floats;
-        const int         n      = quick ? 2 : is_k ? 3 : 4;
+        const type_info * info = find_type(type);
+        const bool is_k        = info->block_values == 256;
+        const shape * shapes   = is_k ? large_blocks : info->block_values == 32 ? small_blocks : floats;
+        const int n            = quick ? 2 : is_k ? 3 : 4;
         for (int s = 0; s < n; ++s) {
             model mod;
-            mod.make(type, type, type, shapes[s].n_embd, shapes[s].n_ff, 3, ffn_op::swiglu, 11 + static_cast<uint64_t>(s));
+            mod.make(type, type, type, shapes[s].n_embd, shapes[s].n_ff, 3, ffn_op::swiglu,
+                     11 + static_cast<uint64_t>(s));
             for (const int t : tokens) {
                 if ((quick && (t > 17 || t == 16)) || (t == 512 && s != 0) || (t == 64 && s == 1)) {
                     continue;
@@ -82,10 +89,10 @@ void test_types_and_shapes() {
                 input in;
                 in.make(t + 1, 1, shapes[s].n_embd, 5);
                 in.ids.assign(in.ids.size(), 1);
-                in.ids.back() = 2;
-                const std::vector<float> ref  = reference(mod, in);
-                const std::string        what = std::string(info->name) + " " + std::to_string(shapes[s].n_embd) + "x" +
-                                         std::to_string(shapes[s].n_ff) + " t=" + std::to_string(t);
+                in.ids.back()                = 2;
+                const std::vector<float> ref = reference(mod, in);
+                const std::string what       = std::string(info->name) + " " + std::to_string(shapes[s].n_embd) + "x" +
+                                               std::to_string(shapes[s].n_ff) + " t=" + std::to_string(t);
                 for (const kernel_set * ks : all_sets()) {
                     expect_near(ks, mod, in, ref, bound_of(type), what);
                 }
@@ -115,9 +122,10 @@ void test_mixed_types() {
 }
 
 void test_ops_biases_scales() {
-    const ffn_op ops[] = {ffn_op::reglu,        ffn_op::geglu, ffn_op::swiglu, ffn_op::swiglu_oai, ffn_op::geglu_erf,
-                          ffn_op::geglu_quick,  ffn_op::swiglu_clamp, ffn_op::swiglu_limit, ffn_op::situ, ffn_op::silu,
-                          ffn_op::gelu, ffn_op::gelu_erf, ffn_op::gelu_quick, ffn_op::relu, ffn_op::relu_sqr};
+    const ffn_op ops[] = {ffn_op::reglu,      ffn_op::geglu,       ffn_op::swiglu,       ffn_op::swiglu_oai,
+                          ffn_op::geglu_erf,  ffn_op::geglu_quick, ffn_op::swiglu_clamp, ffn_op::swiglu_limit,
+                          ffn_op::situ,       ffn_op::silu,        ffn_op::gelu,         ffn_op::gelu_erf,
+                          ffn_op::gelu_quick, ffn_op::relu,        ffn_op::relu_sqr};
     for (const ffn_op op : ops) {
         for (const int variant : {2, 1, 0}) {
             if (quick && variant != 2) {
@@ -211,7 +219,8 @@ void test_thread_counts() {
                 for (int n_threads = 2; n_threads <= 4; ++n_threads) {
                     const std::vector<float> many = forward(ks, mod.layer, in, n_threads);
                     check(memcmp(one.data(), many.data(), one.size() * sizeof(float)) == 0,
-                          label(ks, std::string(find_type(type)->name) + " bitwise with " + std::to_string(n_threads) + " threads"));
+                          label(ks, std::string(find_type(type)->name) + " bitwise with " + std::to_string(n_threads) +
+                                        " threads"));
                 }
             }
         }
@@ -238,7 +247,7 @@ void test_order_of_tokens() {
     for (const kernel_set * ks : all_sets()) {
         const std::vector<float> a = forward(ks, mod.layer, in, 2);
         const std::vector<float> b = forward(ks, mod.layer, reversed, 2);
-        bool                     same = true;
+        bool same                  = true;
         for (size_t t = 0; t < 40; ++t) {
             same = same && memcmp(&a[t * 256], &b[(39 - t) * 256], 256 * sizeof(float)) == 0;
         }
@@ -276,10 +285,10 @@ void test_masks() {
             take = static_cast<uint8_t>(r.next() >> 63);
         }
         for (size_t k = 0; k < 4; ++k) {
-            in.take[in.take.size() - 1 - k] = t == 1;  // a token with nothing to compute
+            in.take[in.take.size() - 1 - k] = t == 1; // a token with nothing to compute
         }
-        in.ids[0] = -1;  // no expert
-        in.ids[1] = 8;   // out of range
+        in.ids[0]                    = -1; // no expert
+        in.ids[1]                    = 8;  // out of range
         const std::vector<float> ref = reference(mod, in);
         for (const kernel_set * ks : all_sets()) {
             expect_near(ks, mod, in, ref, bound_of(type_q8_0), "masked pairs");
@@ -321,10 +330,10 @@ void test_special_values() {
                         if (quick && at != 77) {
                             continue;
                         }
-                        input broken = in;
-                        broken.x[at] = bad;
+                        input broken               = in;
+                        broken.x[at]               = bad;
                         const std::vector<float> y = forward(ks, mod.layer, broken, 1);
-                        bool                     any_finite = false;
+                        bool any_finite            = false;
                         for (size_t i = 0; i < 256; ++i) {
                             any_finite = any_finite || std::isfinite(y[i]);
                         }
@@ -338,10 +347,10 @@ void test_special_values() {
                 for (size_t i = 0; i < 256; ++i) {
                     tiny.x[i] = i % 3 == 0 ? 1e-40f : -3e-42f;
                 }
-                tiny.x[256] = 1e-41f;
-                tiny.x[257] = 0.0f;
+                tiny.x[256]                = 1e-41f;
+                tiny.x[257]                = 0.0f;
                 const std::vector<float> y = forward(ks, mod.layer, tiny, 1);
-                bool                     small = true;
+                bool small                 = true;
                 for (size_t i = 0; i < 256; ++i) {
                     small = small && std::fabs(y[i]) < 1e-30f;
                 }
@@ -359,13 +368,13 @@ void test_odd_strides() {
     for (const int32_t type : all_types) {
         for (const size_t gap : {size_t{2}, size_t{7}}) {
             if (find_type(type)->block_values == 1 && gap == 7) {
-                continue;  // a float row at an odd address is nothing ggml makes
+                continue; // a float row at an odd address is nothing ggml makes
             }
             model mod;
             mod.make(type, type, type, 256, 256, 2, ffn_op::swiglu, 15, gap);
             input in;
             in.make(5, 1, 256, 5);
-            in.ids.back() = 1;
+            in.ids.back()                = 1;
             const std::vector<float> ref = reference(mod, in);
             for (const kernel_set * ks : all_sets()) {
                 expect_near(ks, mod, in, ref, bound_of(type), std::string("odd stride ") + find_type(type)->name);
@@ -382,11 +391,13 @@ void external_dot(int n, float * s, size_t, const void * w, size_t, const void *
     }
     *s = sum;
 }
-void external_copy(const float * x, void * y, int64_t n) { memcpy(y, x, static_cast<size_t>(n) * sizeof(float)); }
+void external_copy(const float * x, void * y, int64_t n) {
+    memcpy(y, x, static_cast<size_t>(n) * sizeof(float));
+}
 
 void test_external_types() {
     const external_type external = {external_dot, external_copy, sizeof(float), 1};
-    for (const int which : {1, 2, 3, 4, 7}) {  // bits: gate, up, down
+    for (const int which : {1, 2, 3, 4, 7}) { // bits: gate, up, down
         model mod;
         mod.make(type_f32, type_f32, type_f32, 96, 64, 3, ffn_op::swiglu, 41);
         expert_matrix * matrices[] = {&mod.layer.gate, &mod.layer.up, &mod.layer.down};
@@ -427,7 +438,7 @@ void test_refusals() {
 }
 
 void test_router() {
-    rng  r(3);
+    rng r(3);
     matrix m;
     for (const int32_t type : {type_f32, type_f16, type_bf16}) {
         m.make(type, 203, 37, 1, r);
@@ -446,7 +457,7 @@ void test_router() {
     }
 }
 
-}  // namespace
+} // namespace
 
 int main(int argc, char ** argv) {
     const std::string mode = argc > 1 ? argv[1] : "";
