@@ -12,8 +12,9 @@ namespace hybrimoe {
 
 namespace {
 
-// Spins before a waiting thread gives its processor away: far longer than any phase of a decode step takes.
-constexpr int max_spins = 20000;
+// Spins before a waiting thread starts to give its processor away, about 50 microseconds: a processor that another
+// program wants must not be held for the length of a phase, and yielding costs nothing when nobody wants it.
+constexpr int max_spins = 1000;
 
 uint64_t now_ns() {
     const auto past = std::chrono::steady_clock::now().time_since_epoch();
