@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from hybrimoe.errors import HybrimoeError, PluginError, UsageError
+from hybrimoe.native.locate import installed_library
 
 API_VERSION = 1
 MAX_DEVICES = 8
@@ -516,10 +517,10 @@ _loaded: dict[Path, ct.CDLL] = {}
 
 
 def library_path() -> Path:
-    """The core's shared library: `HYBRIMOE_CORE_LIB`, else the one installed beside this file."""
+    """The core's shared library: `HYBRIMOE_CORE_LIB`, else the one that is installed with this package."""
     given = os.environ.get(LIBRARY_VARIABLE)
     suffix = ".dylib" if sys.platform == "darwin" else ".so"
-    return Path(given) if given else Path(__file__).with_name("libhybrimoe-core" + suffix)
+    return Path(given) if given else installed_library("libhybrimoe-core" + suffix)
 
 
 def library() -> ct.CDLL:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrimoe.errors import PluginError
+from hybrimoe.native.locate import installed_library
 
 LIBRARY_NAME = "libggml-hybrimoe.so"
 ABI_VERSION = 1
@@ -100,7 +101,7 @@ class Plugin:
 def library_path() -> Path:
     """Where the compiled plug-in is: HYBRIMOE_PLUGIN, or beside this module. Raises PluginError when it is missing."""
     given = os.environ.get("HYBRIMOE_PLUGIN")
-    path = Path(given) if given else _installed(LIBRARY_NAME)
+    path = Path(given) if given else installed_library(LIBRARY_NAME)
     if not path.is_file():
         raise PluginError(f"the plug-in {path} is missing", "unset HYBRIMOE_PLUGIN" if given else REINSTALL_HINT)
     return path
@@ -197,16 +198,6 @@ def _declare(library: ctypes.CDLL) -> None:
     # int hybrimoe_reset_counters(uint64_t instance)
     library.hybrimoe_reset_counters.argtypes = [ctypes.c_uint64]
     library.hybrimoe_reset_counters.restype = ctypes.c_int
-
-
-def _installed(name: str) -> Path:
-    """The file `name` in this package, also in an editable install, whose compiled files stand in site-packages."""
-    import hybrimoe.native
-
-    for folder in hybrimoe.native.__path__:
-        if (Path(folder) / name).is_file():
-            return Path(folder) / name
-    return Path(__file__).with_name(name)
 
 
 def _text(value: bytes | None) -> str:
