@@ -1,4 +1,4 @@
-"""The sdist holds all that a wheel needs, and the wheel carries the compiled plug-in, the policy core and the recipes."""
+"""The sdist holds all that a wheel needs; the wheel carries the compiled plug-in, the policy core and the recipes."""
 
 from __future__ import annotations
 
