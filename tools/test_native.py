@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -35,12 +36,17 @@ def run_native_tests(sanitize: str = "", jobs: int | None = None) -> int:
     ]
     configure += ["-DHYBRIMOE_TESTS=ON", f"-DHYBRIMOE_SANITIZE={SANITIZERS[sanitize]}"]
     configure += [f"-DPython3_EXECUTABLE={sys.executable}"]
+    llama_cpp = importlib.util.find_spec("llama_cpp")
+    if llama_cpp is not None and llama_cpp.origin is not None and not sanitize:  # compare the kernels with ggml's own
+        configure.append(f"-DHYBRIMOE_GGML_LIB_DIR={Path(llama_cpp.origin).parent / 'lib'}")
     for command in (configure, [tool("cmake"), "--build", str(build), "-j", str(jobs)]):
         result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if result.returncode != 0:
             sys.stderr.write(result.stdout[-8000:])
             return result.returncode
-    return subprocess.run([tool("ctest"), "--test-dir", str(build), "--output-on-failure", "-j", str(jobs)]).returncode
+    return subprocess.run(
+        [tool("ctest"), "--test-dir", str(build), "--output-on-failure", "--no-tests=error", "-j", str(jobs)]
+    ).returncode
 
 
 def main() -> None:
