@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -43,5 +44,7 @@ def test_wheel_from_sdist_installs_and_loads(tmp_path: Path) -> None:
     target = tmp_path / "site"
     run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), str(wheel))
     check = "from hybrimoe.native.plugin import load_plugin; print(load_plugin().path)"
-    loaded = run(sys.executable, "-c", check, cwd=tmp_path, PYTHONPATH=str(target), HYBRIMOE_PLUGIN="")
+    # -S: no .pth files, or an editable install of this very package would be found first.
+    search = os.pathsep.join([str(target), sysconfig.get_path("platlib")])
+    loaded = run(sys.executable, "-S", "-c", check, cwd=tmp_path, PYTHONPATH=search, HYBRIMOE_PLUGIN="")
     assert Path(loaded.strip().splitlines()[-1]) == target / COMPILED[0]
