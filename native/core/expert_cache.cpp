@@ -41,9 +41,10 @@ status expert_cache::create(const cache_config & config, std::unique_ptr<evictio
     }
 
     expert_cache cache;
-    cache.shape_     = s;
-    cache.n_devices_ = config.n_devices;
-    cache.policy_    = std::move(policy);
+    cache.shape_      = s;
+    cache.n_devices_  = config.n_devices;
+    cache.policy_     = std::move(policy);
+    cache.may_bypass_ = cache.policy_->may_bypass();
     cache.pool_of_.assign(n_entries, -1);
     for (int d = 0; d < config.n_devices; ++d) {
         std::vector<int> pool_of_class(static_cast<size_t>(s.n_layers), -1);
@@ -156,20 +157,23 @@ bool expert_cache::may_go(const slot & s) const {
     }
     const auto key = static_cast<size_t>(s.key);
     // An expert that may be bypassed may also leave within its own step; only oracles bypass, and they run no kernels.
-    return (used_in_[key] < protected_from_ || policy_->may_bypass()) &&
-           n_steps_[static_cast<size_t>(shape_.layer_of(s.key))] >= shield_[key];
+    return (used_in_[key] < protected_from_ || may_bypass_) &&
+           (shield_[key] == 0 || n_steps_[static_cast<size_t>(shape_.layer_of(s.key))] >= shield_[key]);
 }
 
 int expert_cache::find_victim(const pool & p) const {
     if (!policy_->may_evict()) {
         return -1;
     }
-    int best          = -1;
-    bool best_dud     = false;
-    double best_value = 0.0;
+    int best              = -1;
+    bool best_dud         = false;
+    double best_value     = 0.0;
+    int64_t best_use      = 0;
+    int best_key          = -1;
+    const double * values = policy_->values();
     for (size_t i = 0; i < p.slots.size(); ++i) {
         const slot & s = p.slots[i];
-        if (!may_go(s)) {
+        if (s.state != slot_state::resident) {
             continue;
         }
         // A prefetch whose layer came by without using it was a wrong guess: it goes first.
@@ -177,23 +181,22 @@ int expert_cache::find_victim(const pool & p) const {
         if (best >= 0 && best_dud && !dud) {
             continue;
         }
-        const double value = policy_->keep_value(s.key);
-        if (best >= 0 && dud == best_dud) {
-            const slot & b = p.slots[static_cast<size_t>(best)];
-            if (value > best_value) {
-                continue;
-            }
-            if (value == best_value) {
-                const int64_t mine  = last_use_[static_cast<size_t>(s.key)];
-                const int64_t other = last_use_[static_cast<size_t>(b.key)];
-                if (mine > other || (mine == other && s.key > b.key)) {
-                    continue;
-                }
-            }
+        const double value = values ? values[s.key] : policy_->keep_value(s.key);
+        const int64_t use  = last_use_[static_cast<size_t>(s.key)];
+        if (best >= 0 && dud == best_dud &&
+            (value > best_value ||
+             (value == best_value && (use > best_use || (use == best_use && s.key > best_key))))) {
+            continue;
+        }
+        // Last, because it is the dearest question and few slots get this far.
+        if (!may_go(s)) {
+            continue;
         }
         best       = static_cast<int>(i);
         best_dud   = dud;
         best_value = value;
+        best_use   = use;
+        best_key   = s.key;
     }
     return best;
 }
@@ -241,7 +244,7 @@ status expert_cache::begin_load(int layer, int expert, int device, bool speculat
         }
     } else {
         index = find_victim(p);
-        if (index >= 0 && policy_->may_bypass() &&
+        if (index >= 0 && may_bypass_ &&
             policy_->keep_value(key) <= policy_->keep_value(p.slots[static_cast<size_t>(index)].key)) {
             index = -1;
         }

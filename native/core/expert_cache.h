@@ -129,6 +129,7 @@ private:
     model_shape shape_;
     int n_devices_ = 0;
     std::unique_ptr<eviction_policy> policy_;
+    bool may_bypass_ = false; // the policy's word, asked once
     std::vector<pool> pools_;
     std::vector<int> pool_of_;      // [n_devices, n_layers]
     std::vector<where> where_;      // per key

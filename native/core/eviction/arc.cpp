@@ -43,10 +43,8 @@ public:
         take_t1_        = n1 >= 1 && (n1 > p.target || (where == B2 && n1 == p.target));
     }
 
-    double keep_value(int key) const override {
-        const bool in_t1 = entries_[static_cast<size_t>(key)].list == T1;
-        return in_t1 == take_t1_ ? 0.0 : 1.0;
-    }
+    double keep_value(int key) const override { return values()[key]; }
+    const double * values() const override { return take_t1_ ? not_in_t1_.data() : in_t1_.data(); }
 
     void on_evict(int pool_id, int key) override {
         move(pool_id, key, at(key).list == T2 ? B2 : B1);
@@ -80,7 +78,16 @@ private:
     };
 
     entry & at(int key) { return entries_[static_cast<size_t>(key)]; }
-    void clear() { entries_.assign(static_cast<size_t>(shape_.n_keys()), entry()); }
+    void clear() {
+        const auto n_keys = static_cast<size_t>(shape_.n_keys());
+        entries_.assign(n_keys, entry());
+        in_t1_.assign(n_keys, 0.0);
+        not_in_t1_.assign(n_keys, 1.0);
+    }
+    void set_list(int key, list to) {
+        in_t1_[static_cast<size_t>(key)]     = to == T1 ? 1.0 : 0.0;
+        not_in_t1_[static_cast<size_t>(key)] = to == T1 ? 0.0 : 1.0;
+    }
 
     void unlink(int key) {
         entry & e = at(key);
@@ -92,6 +99,7 @@ private:
         (e.older >= 0 ? at(e.older).newer : p.oldest[e.list]) = e.newer;
         (e.newer >= 0 ? at(e.newer).older : p.newest[e.list]) = e.older;
         e                                                     = entry();
+        set_list(key, none);
     }
 
     void move(int pool_id, int key, list to) {
@@ -101,12 +109,14 @@ private:
         (p.newest[to] >= 0 ? at(p.newest[to]).newer : p.oldest[to]) = key;
         p.newest[to]                                                = key;
         ++p.count[to];
+        set_list(key, to);
     }
 
     model_shape shape_;
     std::vector<entry> entries_;
     std::vector<pool> pools_;
-    bool take_t1_ = true; // decision of the last on_miss
+    std::vector<double> in_t1_, not_in_t1_; // values by key while a victim comes from T2, from T1
+    bool take_t1_ = true;                   // decision of the last on_miss
 };
 
 } // namespace

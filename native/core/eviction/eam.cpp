@@ -1,6 +1,8 @@
 #include "../eam_library.h"
 #include "eviction_policy.h"
 
+#include <vector>
+
 namespace hybrimoe {
 namespace {
 
@@ -9,21 +11,25 @@ namespace {
 class eam final : public eviction_policy {
 public:
     eam(const model_shape & shape, int capacity, int n_nearest, double eps)
-        : shape_(shape), library_(shape, capacity, n_nearest), eps_(eps) {}
+        : shape_(shape), library_(shape, capacity, n_nearest), eps_(eps) {
+        for (int layer = 0; layer < shape.n_layers; ++layer) {
+            worth_of_layer_.push_back(1.0 - static_cast<double>(layer) / static_cast<double>(shape.n_layers));
+        }
+    }
 
     void reset() override { library_.reset(); }
     void on_prompt() override { library_.on_prompt(); }
     void on_step(const router_step & step) override { library_.observe(step); }
 
     double keep_value(int key) const override {
-        const double depth = static_cast<double>(shape_.layer_of(key)) / static_cast<double>(shape_.n_layers);
-        return (library_.predicted(key) + eps_) * (1.0 - depth);
+        return (library_.predicted(key) + eps_) * worth_of_layer_[static_cast<size_t>(shape_.layer_of(key))];
     }
 
 private:
     model_shape shape_;
     eam_library library_;
     double eps_;
+    std::vector<double> worth_of_layer_;
 };
 
 const param_info params[] = {

@@ -26,6 +26,7 @@ public:
         }
     }
     double keep_value(int key) const override { return value_[static_cast<size_t>(key)]; }
+    const double * values() const override { return value_.data(); }
 
 private:
     model_shape shape_;

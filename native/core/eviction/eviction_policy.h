@@ -31,6 +31,10 @@ public:
     virtual void on_evict(int /*pool*/, int /*key*/) {}
     virtual void on_pool_size(int /*pool*/, int /*n_slots*/) {}
 
+    // keep_value of every key as a table, where the policy has one: the search for a victim then makes no calls. Asked
+    // anew for every search.
+    virtual const double * values() const { return nullptr; }
+
     virtual bool may_evict() const { return true; }
     // True: an expert whose value is not above the victim's is not admitted.
     virtual bool may_bypass() const { return false; }
