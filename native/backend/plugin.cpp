@@ -3,7 +3,6 @@
 #include "claim.h"
 #include "counters.h"
 #include "dispatch.h"
-#include "ggml-release.h"
 #include "hybrimoe.h"
 #include "settings.h"
 
@@ -13,7 +12,6 @@
 #include <cstring>
 #include <exception>
 #include <memory>
-#include <string>
 
 namespace hybrimoe {
 
