@@ -27,8 +27,10 @@ def test_calibration_reads_weights_once_and_then_computes(name: str) -> None:
     assert data["layer_class"] == [0, 0, 1]
     assert len(data["devices"]) == machine.n_devices
     points = data["classes"][0]["cpu"]["points"]
-    assert points[0][1] == pytest.approx(4.9e6 / machine.cpu.stream_bytes_per_s * 1e6)
-    assert points[1][1] == points[0][1]  # two tokens cost one reading of the weights
+    read_us = 4.9e6 / machine.cpu.stream_bytes_per_s * 1e6
+    assert points[0][1] == pytest.approx(read_us, rel=0.01)
+    # Two tokens cost one reading of the weights, except in the paper, whose CPU time is linear in tokens.
+    assert points[1][1] == pytest.approx(2 * read_us if name == "hybrimoe-paper" else read_us, rel=0.01)
     assert points[-1][1] > 10 * points[0][1]
     assert data["classes"][1]["cpu"]["points"][0][1] == pytest.approx(2 * points[0][1])
 
