@@ -86,7 +86,7 @@ def build_wheel(sdist: Path, gpu: str, folder: Path) -> Path:
 
 def show_progress(line: str, start: float) -> None:
     step = STEP.search(line)
-    if step is None:
+    if step is None or int(step[1]) == 0:
         return
     done, total = int(step[1]), int(step[2])
     passed = time.monotonic() - start
