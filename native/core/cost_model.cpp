@@ -66,6 +66,31 @@ double cost_curve::interpolate(double n_tokens) const {
     return n_tokens > x_[i] && slope < 0.0 ? y_[i] : value;
 }
 
+cost_curve cost_curve::scaled(double first_factor, double tokens_factor) const {
+    cost_curve out     = *this;
+    const double first = at(1.0);
+    if (n_points_ == 0) {
+        out.per_token_us_ = tokens_factor * per_token_us_;
+        out.fixed_us_     = first_factor * first - out.per_token_us_;
+        if (out.fixed_us_ >= 0.0) {
+            return out;
+        }
+        // A negative fixed part is no cost: the same line through its points at one and two tokens.
+        out.n_points_ = 2;
+        for (int i = 0; i < 2; ++i) {
+            out.x_[i] = i + 1.0;
+            out.y_[i] = first_factor * first + tokens_factor * per_token_us_ * i;
+        }
+        return out;
+    }
+    for (int i = 0; i < n_points_; ++i) {
+        // A measured curve may fall a little: never below zero.
+        const double us = first_factor * first + tokens_factor * (y_[i] - first);
+        out.y_[i]       = us > 0.0 ? us : 0.0;
+    }
+    return out;
+}
+
 status cost_model::create(int n_layers, int n_classes, int n_devices, cost_model & out) {
     if (n_layers < 1 || n_layers > max_layers) {
         return status::fail(error_code::invalid_argument, "n_layers = %d is outside 1..%d", n_layers, max_layers);

@@ -26,6 +26,9 @@ public:
     double at(double n_tokens) const {
         return n_points_ == 0 ? fixed_us_ + per_token_us_ * n_tokens : interpolate(n_tokens);
     }
+    // The curve whose first token costs first_factor times as much, and all that further tokens add tokens_factor
+    // times.
+    cost_curve scaled(double first_factor, double tokens_factor) const;
 
 private:
     double interpolate(double n_tokens) const;
@@ -71,6 +74,8 @@ public:
     int n_devices() const { return n_devices_; }
     int class_of(int layer) const { return class_of_layer_[static_cast<size_t>(layer)]; }
 
+    const layer_class & of_class(int cls) const { return classes_[static_cast<size_t>(cls)]; }
+    const link_costs & link(int device) const { return links_[device]; }
     const layer_class & of_layer(int layer) const { return classes_[static_cast<size_t>(class_of(layer))]; }
 
     double t_cpu(int layer, double n_tokens, bool first) const {

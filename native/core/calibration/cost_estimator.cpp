@@ -1,0 +1,304 @@
+#include "cost_estimator.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace hybrimoe {
+
+namespace {
+
+// A rate must not become infinite; a latency or a step may vanish.
+constexpr double vanishing[max_fit_params] = {0.0, 1e-4, 1e-4};
+constexpr double rate_only[max_fit_params] = {1e-4, 0.0, 0.0};
+// What a factor of 1 means for a cost that the calibration gives as 0: a share of one expert's time.
+constexpr double unit_share = 0.05;
+// A CPU batch beside copies that is slower than the CPU alone explains, by so many residual scales, met the ceiling.
+constexpr double ceiling_scales = 2.0;
+// A part of the time below this share changes no decision.
+constexpr double telling_share = 0.02;
+
+enum part { fixed_part = 0, weights_part = 1, tokens_part = 2 };
+
+struct parts {
+    double unit[max_fit_params];
+    double initial[max_fit_params];
+};
+
+// Units of a channel whose first part costs first_us by the calibration, beside others of about typical_us.
+parts channel_parts(double first_us, double typical_us) {
+    parts p{};
+    p.unit[0]    = first_us > 0.0 ? first_us : std::max(unit_share * typical_us, 1e-3);
+    p.initial[0] = first_us > 0.0 ? 1.0 : 0.0;
+    for (int i = 1; i < max_fit_params; ++i) {
+        p.unit[i] = p.initial[i] = 1.0;
+    }
+    return p;
+}
+
+} // namespace
+
+status cost_estimator::create(const cost_model & calibrated, const estimator_options & options, cost_estimator & out) {
+    HYBRIMOE_TRY(calibrated.check());
+    if (!std::isfinite(options.memory) || options.memory < 16.0 || options.memory > 1e6) {
+        return status::fail(error_code::invalid_argument, "memory = %g is outside 16..1e6 samples", options.memory);
+    }
+    if (!(options.tolerance > 0.0 && options.tolerance < 1.0)) {
+        return status::fail(error_code::invalid_argument, "tolerance = %g is outside 0..1", options.tolerance);
+    }
+    if (options.min_samples < 1) {
+        return status::fail(error_code::invalid_argument, "min_samples = %d is below 1", options.min_samples);
+    }
+    cost_estimator made;
+    made.calibrated_ = calibrated;
+    made.options_    = options;
+    const auto keep  = [&made](const parts & p, int n) {
+        for (int i = 0; i < max_fit_params; ++i) {
+            made.units_.push_back(p.unit[i]);
+            made.applied_.push_back(i < n ? p.initial[i] : 0.0);
+        }
+    };
+    for (int d = 0; d < calibrated.n_devices(); ++d) {
+        const parts p = channel_parts(calibrated.link(d).latency_us,
+                                      calibrated.of_class(0).bytes / calibrated.link(d).bytes_per_us);
+        made.copies_.emplace_back(2, p.initial, vanishing, options.memory);
+        keep(p, 2);
+    }
+    for (int c = 0; c < calibrated.n_classes(); ++c) {
+        const layer_class & one = calibrated.of_class(c);
+        const parts p           = channel_parts(one.cpu_first_us + calibrated.step_us(cpu_device), one.cpu.at(1.0));
+        made.cpu_.emplace_back(3, p.initial, vanishing, options.memory);
+        keep(p, 3);
+    }
+    for (int c = 0; c < calibrated.n_classes(); ++c) {
+        for (int d = 0; d < calibrated.n_devices(); ++d) {
+            const parts p = channel_parts(calibrated.step_us(d), calibrated.of_class(c).gpu[d].at(1.0));
+            made.gpu_.emplace_back(3, p.initial, vanishing, options.memory);
+            keep(p, 3);
+        }
+    }
+    const double one[max_fit_params] = {1.0, 1.0, 1.0};
+    made.dram_                       = cost_channel(1, one, rate_only, options.memory);
+    keep(parts{{1.0, 1.0, 1.0}, {1.0, 1.0, 1.0}}, 1);
+    out = std::move(made);
+    return {};
+}
+
+bool cost_estimator::batch_parts(const cost_curve & curve, const int32_t * n_tokens, int n_experts, double * x) const {
+    if (n_experts < 1 || !n_tokens) {
+        return false;
+    }
+    const double first = curve.at(1.0);
+    double further     = 0.0;
+    for (int i = 0; i < n_experts; ++i) {
+        if (n_tokens[i] < 1) {
+            return false;
+        }
+        further += curve.at(static_cast<double>(n_tokens[i])) - first;
+    }
+    x[weights_part] = first * n_experts;
+    x[tokens_part]  = std::max(further, 0.0);
+    return true;
+}
+
+void cost_estimator::observe(cost_channel & channel, const double * x, int n, double us, double now_us,
+                             double * applied) {
+    if (!channel.observe(x, us, now_us)) {
+        ++n_rejected_;
+        return;
+    }
+    if (moved_ || channel.n_samples() < options_.min_samples) {
+        return;
+    }
+    for (int i = 0; i < n; ++i) {
+        const double change = std::fabs(channel.factor(i) - applied[i]);
+        const double base   = std::max(channel.factor(i), 1e-9);
+        moved_              = moved_ || change / base * std::max(channel.share(i), telling_share) > options_.tolerance;
+    }
+}
+
+void cost_estimator::observe_copy(int device, double bytes, double us, double now_us) {
+    if (device < 0 || device >= calibrated_.n_devices() || !(bytes > 0.0) || !std::isfinite(bytes)) {
+        ++n_rejected_;
+        return;
+    }
+    const auto at     = static_cast<size_t>(device);
+    const double x[2] = {units_[at * max_fit_params], bytes / calibrated_.link(device).bytes_per_us};
+    observe(copies_[at], x, 2, us, now_us, &applied_[at * max_fit_params]);
+}
+
+void cost_estimator::observe_cpu(int layer, const int32_t * n_tokens, int n_experts, double us, double copied_bytes,
+                                 double now_us) {
+    double x[max_fit_params];
+    if (layer < 0 || layer >= calibrated_.n_layers() ||
+        !batch_parts(calibrated_.of_layer(layer).cpu, n_tokens, n_experts, x)) {
+        ++n_rejected_;
+        return;
+    }
+    const auto cls       = static_cast<size_t>(calibrated_.class_of(layer));
+    const size_t index   = copies_.size() + cls;
+    cost_channel & own   = cpu_[cls];
+    x[fixed_part]        = units_[index * max_fit_params];
+    const double ceiling = calibrated_.dram_bytes_per_us();
+    if (copied_bytes > 0.0 && std::isfinite(copied_bytes) && std::isfinite(ceiling)) {
+        const double together[max_fit_params] = {
+            (calibrated_.of_layer(layer).bytes * n_experts + copied_bytes) / ceiling, 0.0, 0.0};
+        const double alone = own.predict(x);
+        if (std::max(dram_.predict(together), us) > alone * (1.0 + ceiling_scales * own.residual())) {
+            observe(dram_, together, 1, us, now_us, &applied_[applied_.size() - max_fit_params]);
+            return;
+        }
+    }
+    observe(own, x, 3, us, now_us, &applied_[index * max_fit_params]);
+}
+
+void cost_estimator::observe_gpu(int layer, int device, const int32_t * n_tokens, int n_experts, double us,
+                                 double now_us) {
+    double x[max_fit_params];
+    if (layer < 0 || layer >= calibrated_.n_layers() || device < 0 || device >= calibrated_.n_devices() ||
+        !batch_parts(calibrated_.of_layer(layer).gpu[device], n_tokens, n_experts, x)) {
+        ++n_rejected_;
+        return;
+    }
+    const size_t at    = gpu_index(calibrated_.class_of(layer), device);
+    const size_t index = copies_.size() + cpu_.size() + at;
+    x[fixed_part]      = units_[index * max_fit_params];
+    observe(gpu_[at], x, 3, us, now_us, &applied_[index * max_fit_params]);
+}
+
+double cost_estimator::link_latency_us(int device) const {
+    const auto at = static_cast<size_t>(device);
+    return copies_[at].factor(0) * units_[at * max_fit_params];
+}
+
+double cost_estimator::link_bytes_per_us(int device) const {
+    return calibrated_.link(device).bytes_per_us / copies_[static_cast<size_t>(device)].factor(1);
+}
+
+double cost_estimator::dram_bytes_per_us() const {
+    return calibrated_.dram_bytes_per_us() / dram_.factor(0);
+}
+
+status cost_estimator::apply(cost_model & out) {
+    if (out.n_layers() != calibrated_.n_layers() || out.n_classes() != calibrated_.n_classes() ||
+        out.n_devices() != calibrated_.n_devices()) {
+        return status::fail(error_code::invalid_argument,
+                            "the cost model has %d layers, %d classes and %d devices; "
+                            "the estimator %d, %d and %d",
+                            out.n_layers(), out.n_classes(), out.n_devices(), calibrated_.n_layers(),
+                            calibrated_.n_classes(), calibrated_.n_devices());
+    }
+    const auto enough = [this](const cost_channel & c) { return c.n_samples() >= options_.min_samples; };
+    const auto keep   = [this](const cost_channel & c, size_t index) {
+        for (int i = 0; i < c.n_params(); ++i) {
+            applied_[index * max_fit_params + static_cast<size_t>(i)] = c.factor(i);
+        }
+    };
+    size_t index = 0;
+    for (int d = 0; d < calibrated_.n_devices(); ++d, ++index) {
+        if (enough(copies(d))) {
+            HYBRIMOE_TRY(out.set_link(d, link_latency_us(d), link_bytes_per_us(d)));
+            keep(copies(d), index);
+        }
+    }
+    for (int c = 0; c < calibrated_.n_classes(); ++c, ++index) {
+        if (enough(cpu(c))) {
+            const double both  = cpu(c).factor(fixed_part) * units_[index * max_fit_params];
+            const double first = std::max(0.0, both - calibrated_.step_us(cpu_device));
+            HYBRIMOE_TRY(out.set_cpu(
+                c, calibrated_.of_class(c).cpu.scaled(cpu(c).factor(weights_part), cpu(c).factor(tokens_part)), first));
+            keep(cpu(c), index);
+        }
+    }
+    double step_sum[max_devices] = {}, step_weight[max_devices] = {};
+    for (int c = 0; c < calibrated_.n_classes(); ++c) {
+        for (int d = 0; d < calibrated_.n_devices(); ++d, ++index) {
+            const cost_channel & one = gpu(c, d);
+            if (enough(one)) {
+                HYBRIMOE_TRY(out.set_gpu(
+                    c, d, calibrated_.of_class(c).gpu[d].scaled(one.factor(weights_part), one.factor(tokens_part))));
+                // A device has one step cost, seen through the batches of every class.
+                const auto weight = static_cast<double>(one.n_samples());
+                step_sum[d] += weight * one.factor(fixed_part) * units_[index * max_fit_params];
+                step_weight[d] += weight;
+                keep(one, index);
+            }
+        }
+    }
+    for (int d = 0; d < calibrated_.n_devices(); ++d) {
+        if (step_weight[d] > 0.0) {
+            HYBRIMOE_TRY(out.set_step(d, step_sum[d] / step_weight[d]));
+        }
+    }
+    if (enough(dram_) && std::isfinite(calibrated_.dram_bytes_per_us())) {
+        HYBRIMOE_TRY(out.set_dram(dram_bytes_per_us()));
+        keep(dram_, index);
+    }
+    moved_ = false;
+    return {};
+}
+
+drift_report cost_estimator::describe(size_t index, const channel_change & change) const {
+    static const char * const copy_parts[]  = {"latency", "bandwidth"};
+    static const char * const batch_parts[] = {"step", "weights", "tokens"};
+    drift_report r;
+    r.since_us        = change.since_us;
+    const double unit = units_[index * max_fit_params + static_cast<size_t>(change.param)];
+    const auto report = [&r, &change](const char * name, double value) {
+        r.parameter = name;
+        r.old_value = value * change.before;
+        r.new_value = value * change.after;
+    };
+    if (index < copies_.size()) {
+        r.kind   = cost_kind::copy;
+        r.device = static_cast<int>(index);
+        report(copy_parts[change.param], unit);
+        if (change.param == 1) {
+            const double rate = calibrated_.link(r.device).bytes_per_us;
+            r.old_value       = rate / std::max(change.before, 1e-9);
+            r.new_value       = rate / std::max(change.after, 1e-9);
+        }
+        return r;
+    }
+    index -= copies_.size();
+    if (index >= cpu_.size() + gpu_.size()) {
+        r.kind      = cost_kind::dram;
+        r.parameter = "bandwidth";
+        r.old_value = calibrated_.dram_bytes_per_us() / std::max(change.before, 1e-9);
+        r.new_value = calibrated_.dram_bytes_per_us() / std::max(change.after, 1e-9);
+        return r;
+    }
+    const bool on_cpu        = index < cpu_.size();
+    const auto n_devices     = static_cast<size_t>(calibrated_.n_devices());
+    const size_t cls         = on_cpu ? index : (index - cpu_.size()) / n_devices;
+    r.kind                   = on_cpu ? cost_kind::cpu : cost_kind::gpu;
+    r.cls                    = static_cast<int>(cls);
+    r.device                 = on_cpu ? cpu_device : static_cast<int>((index - cpu_.size()) % n_devices);
+    const layer_class & one  = calibrated_.of_class(r.cls);
+    const cost_curve & curve = on_cpu ? one.cpu : one.gpu[r.device];
+    const double value       = change.param == fixed_part     ? unit
+                               : change.param == weights_part ? curve.at(1.0)
+                                                              : curve.at(2.0) - curve.at(1.0);
+    report(batch_parts[change.param], value);
+    return r;
+}
+
+bool cost_estimator::next_drift(drift_report & out) {
+    channel_change change;
+    size_t index = 0;
+    for (std::vector<cost_channel> * group : {&copies_, &cpu_, &gpu_}) {
+        for (cost_channel & channel : *group) {
+            if (channel.take_change(change)) {
+                out = describe(index, change);
+                return true;
+            }
+            ++index;
+        }
+    }
+    if (dram_.take_change(change)) {
+        out = describe(index, change);
+        return true;
+    }
+    return false;
+}
+
+} // namespace hybrimoe

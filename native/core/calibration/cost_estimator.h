@@ -1,0 +1,98 @@
+// The live cost model: starts from a calibration, takes the timing of every real copy, CPU batch and GPU batch, and
+// writes what holds today into a cost_model. It has no clock: sample times come in, and only label drift.
+//
+// Use (one thread at a time, like the runtime):
+//   cost_estimator::create(calibrated, {}, estimator);
+//   estimator.observe_copy(device, bytes, us, now_us);                      // after a copy has completed
+//   estimator.observe_cpu(layer, n_tokens, n_experts, us, copied, now_us);  // after a CPU batch
+//   estimator.observe_gpu(layer, device, n_tokens, n_experts, us, now_us);  // after a GPU batch
+//   if (estimator.moved()) { estimator.apply(costs); runtime.set_costs(costs); }
+//   while (estimator.next_drift(report)) { ... }
+// observe_* never fails and never allocates; what is no timing (NaN, 0, negative, an unknown layer) is counted only.
+//
+// How timings are explained, with c(n) the calibrated curve of an expert with n tokens:
+//   copy   latency + bytes / bandwidth
+//   CPU    first expert + step, sum of c(1), sum of c(n) - c(1); a batch that the shared DRAM ceiling explains better
+//          (its reads and the bytes copied meanwhile) moves the ceiling instead
+//   GPU    step, sum of c(1), sum of c(n) - c(1)
+#pragma once
+
+#include "../cost_model.h"
+#include "cost_channel.h"
+
+#include <vector>
+
+namespace hybrimoe {
+
+struct estimator_options {
+    double memory    = 128.0; // samples after which an old one counts 1/e
+    double tolerance = 0.03;  // relative change of a part of the time that makes moved() true
+    int min_samples  = 8;     // before they change a cost
+};
+
+enum class cost_kind : int32_t { copy, cpu, gpu, dram };
+
+// A lasting change. Values: copy and dram bytes per microsecond (copy with parameter `latency`: microseconds);
+// cpu and gpu: microseconds of one expert with one token (parameter `weights`), of one more token (`tokens`), or per
+// batch (`step`).
+struct drift_report {
+    cost_kind kind         = cost_kind::copy;
+    int device             = cpu_device;
+    int cls                = -1; // layer class of cpu and gpu
+    const char * parameter = ""; // "latency", "bandwidth", "step", "weights", "tokens"
+    double old_value       = 0.0;
+    double new_value       = 0.0;
+    double since_us        = 0.0; // time of the first sample that showed it
+};
+
+class cost_estimator {
+public:
+    // Refuses a cost model that lacks a cost (cost_model::check).
+    static status create(const cost_model & calibrated, const estimator_options & options, cost_estimator & out);
+
+    // One expert's copy, or any other: its bytes, and the time from its start on an idle link to its end.
+    void observe_copy(int device, double bytes, double us, double now_us);
+    // One CPU batch of a layer: n_tokens[n_experts] of its experts; copied_bytes were copied to accelerators meanwhile.
+    void observe_cpu(int layer, const int32_t * n_tokens, int n_experts, double us, double copied_bytes, double now_us);
+    // One GPU batch of a layer, without waiting for copies.
+    void observe_gpu(int layer, int device, const int32_t * n_tokens, int n_experts, double us, double now_us);
+
+    // Whether some cost differs from what apply() wrote last by more than the tolerance.
+    bool moved() const { return moved_; }
+    // Writes links, curves, step and first-expert costs and the ceiling; `out` has the calibration's layers, classes
+    // and devices.
+    status apply(cost_model & out);
+    // Reports each lasting change once (new channel values of more than a quarter), oldest channel first.
+    bool next_drift(drift_report & out);
+
+    // Values of today. The factor of an unobserved part is 1.
+    double link_latency_us(int device) const;
+    double link_bytes_per_us(int device) const;
+    double dram_bytes_per_us() const;
+    const cost_channel & copies(int device) const { return copies_[static_cast<size_t>(device)]; }
+    const cost_channel & cpu(int cls) const { return cpu_[static_cast<size_t>(cls)]; }
+    const cost_channel & gpu(int cls, int device) const { return gpu_[gpu_index(cls, device)]; }
+    int64_t n_rejected() const { return n_rejected_; }
+    const cost_model & calibrated() const { return calibrated_; }
+
+private:
+    size_t gpu_index(int cls, int device) const {
+        return static_cast<size_t>(cls) * static_cast<size_t>(calibrated_.n_devices()) + static_cast<size_t>(device);
+    }
+    bool batch_parts(const cost_curve & curve, const int32_t * n_tokens, int n_experts, double * x) const;
+    void observe(cost_channel & channel, const double * x, int n, double us, double now_us, double * applied);
+    drift_report describe(size_t index, const channel_change & change) const;
+
+    cost_model calibrated_;
+    estimator_options options_;
+    std::vector<cost_channel> copies_; // [n_devices]: latency, transfer
+    std::vector<cost_channel> cpu_;    // [n_classes]: step and first, weights, tokens
+    std::vector<cost_channel> gpu_;    // [n_classes, n_devices]: step, weights, tokens
+    cost_channel dram_;
+    std::vector<double> units_;   // [n_channels, max_fit_params]: us that a factor of 1 stands for where costs are 0
+    std::vector<double> applied_; // [n_channels, max_fit_params]
+    bool moved_         = false;
+    int64_t n_rejected_ = 0;
+};
+
+} // namespace hybrimoe
