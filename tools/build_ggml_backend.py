@@ -5,8 +5,8 @@ HYBRIMOE_BACKENDS names such modules (see hybrimoe/native/plugin.py). The source
 llama-cpp-python, checked by hash; nothing else of llama.cpp is compiled. The module is kept in the user's cache under a
 key of release and options; an interrupted build goes on where it stopped. Prints the module's path.
 
-Vulkan needs glslc and the headers of Vulkan and SPIR-V (Debian: libvulkan-dev glslc spirv-headers). CUDA needs nvcc; where
-the toolkit has no cuBLAS, the Python package nvidia-cublas serves.
+Vulkan needs glslc and the headers of Vulkan and SPIR-V (Debian: libvulkan-dev glslc spirv-headers). CUDA needs nvcc;
+where the toolkit has no cuBLAS, the Python package nvidia-cublas serves.
 """
 
 from __future__ import annotations
