@@ -19,6 +19,8 @@ constexpr double report_change  = 0.25; // drift is worth a report
 constexpr double near_change    = 0.10;
 constexpr int n_settle_samples  = 12;
 constexpr double other_explains = 0.85; // a smaller part is blamed only if it explains the step so much better
+constexpr double step_explained = 0.4;  // of the deviations, what a step must leave at most
+constexpr double least_gain     = 0.05; // summed over the window, as logarithms
 constexpr double largest_factor = 1e6;
 constexpr double far_scales     = 5.0; // from here on a sample pulls less the further off it is
 
@@ -73,9 +75,7 @@ bool cost_channel::observe(const double * x, double y_us, double now_us) {
     const double size = std::min(std::fabs(one.deviation), step_scales * scale_);
     scale_            = std::clamp(scale_ + scale_rate * (1.25 * size - scale_), least_scale, largest_scale);
     int first         = 0;
-    if (stepped(first)) {
-        take_step(first);
-    } else {
+    if (!stepped(first) || !take_step(first)) {
         sums_.scale(1.0 - 1.0 / memory_);
         accumulate(one);
         solve();
@@ -122,7 +122,8 @@ bool cost_channel::stepped(int & first) const {
 }
 
 // The sparse explanation: one part changed. Samples of one size cannot tell the parts apart, then it is the largest.
-void cost_channel::take_step(int first) {
+// False when no single factor explains the window.
+bool cost_channel::take_step(int first) {
     double best_cost = 0.0, best_factor = 1.0;
     int best = -1;
     int order[max_fit_params];
@@ -151,12 +152,17 @@ void cost_channel::take_step(int first) {
             const sample & one = recent(age);
             cost += std::fabs(std::log(one.y / (predict(one.x) + one.x[i] * (factor - s_[i]))));
         }
-        if (best < 0 || cost < other_explains * best_cost) {
+        if (best < 0 || cost + least_gain < other_explains * best_cost) {
             best = i, best_cost = cost, best_factor = factor;
         }
     }
-    if (best < 0) {
-        return;
+    double unexplained = 0.0;
+    for (int age = 0; age <= first; ++age) {
+        unexplained += std::fabs(std::log(recent(age).y / predict(recent(age).x)));
+    }
+    // A run of outliers has no common factor.
+    if (best < 0 || best_cost > step_explained * unexplained) {
+        return false;
     }
     s_[best] = anchor_[best] = best_factor;
     sums_                    = normal_equations();
@@ -171,6 +177,7 @@ void cost_channel::take_step(int first) {
     settle_left_ = n_settle_samples;
     n_recent_    = 0; // what is in the window has been explained
     ++n_steps_;
+    return true;
 }
 
 void cost_channel::note_drift(double now_us) {

@@ -2,8 +2,8 @@
 // sample (latency and transfer; first expert, weights and tokens) and s_i is the factor that holds today, 1 at first.
 //
 // Recursive least squares with exponential forgetting on relative residuals; an outlier counts no more than
-// huber_k residual scales. When nearly all of the last samples are off in one direction, the machine has changed: the
-// one factor that explains them best takes the change at once, and older samples are forgotten.
+// huber_k residual scales. When most of the last samples are off in one direction and a single factor explains them,
+// the machine has changed: that factor takes the change at once, and older samples are forgotten.
 #pragma once
 
 #include "robust_fit.h"
@@ -22,7 +22,7 @@ struct channel_change {
 class cost_channel {
 public:
     static constexpr int window          = 10; // samples that decide whether there was a step
-    static constexpr int window_majority = 9;
+    static constexpr int window_majority = 7;
 
     cost_channel() = default;
     // initial[i]: the factor to start from; floor[i]: its lower bound (0 where a part may vanish); memory: samples
@@ -51,7 +51,7 @@ private:
     void accumulate(const sample & one);
     void solve();
     bool stepped(int & first) const;
-    void take_step(int first);
+    bool take_step(int first);
     void note_drift(double now_us);
     const sample & recent(int age) const; // 0: the newest
 
