@@ -97,6 +97,7 @@ struct dot_args {
     int n_x;
     float * out[8];       // one per activation row, n_rows values each
     const uint8_t * next; // where the stream goes on after the last row (for the prefetch); may be nullptr
+    int n_streams;        // 1, or more: the rows are read as several sequential streams at once
 };
 
 struct tile_source {

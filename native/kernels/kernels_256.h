@@ -7,6 +7,7 @@
 
 #include "block_layout.h"
 #include "kernel_set.h"
+#include "row_streams.h"
 
 namespace hybrimoe::kernels {
 
@@ -18,7 +19,6 @@ constexpr bool has_vnni = true;
 constexpr bool has_vnni = false;
 #endif
 
-constexpr int ahead_bytes     = 3072;
 constexpr float smallest_amax = 1e-36f;
 constexpr float largest_float = 3.402823466e+38f;
 
@@ -79,16 +79,6 @@ inline float sum_of(__m256 v) {
     s        = _mm_add_ps(s, _mm_movehl_ps(s, s));
     s        = _mm_add_ss(s, _mm_movehdup_ps(s));
     return _mm_cvtss_f32(s);
-}
-
-// The stream of weights: rows of this call, then `next`.
-inline const uint8_t * ahead_of(const dot_args & args, const uint8_t * row) {
-    const uint8_t * end = args.rows + static_cast<size_t>(args.n_rows) * args.row_bytes;
-    const uint8_t * p   = row + ahead_bytes;
-    if (p < end) {
-        return p;
-    }
-    return args.next != nullptr ? args.next + (p - end) : row;
 }
 
 template <int bytes> inline void prefetch(const uint8_t * p) {
@@ -160,38 +150,46 @@ inline void add_unit(const uint8_t * p, const row_block32 * const * x, int64_t b
     }
 }
 
-template <class unit, int n_x> void dot_units(const dot_args & args) {
-    const int64_t n_blocks = args.n_values / 32;
-    const row_block32 * x[n_x];
-    for (int t = 0; t < n_x; ++t) {
-        x[t] = static_cast<const row_block32 *>(args.x[t]);
-    }
-    for (int64_t r = 0; r < args.n_rows; ++r) {
-        const uint8_t * p     = args.rows + static_cast<size_t>(r) * args.row_bytes;
-        const uint8_t * fetch = ahead_of(args, p);
-        __m256 sum[n_x];
-        float offset[n_x] = {};
+template <class unit, int n_x> struct units_dot {
+    static constexpr int streams = n_x == 1 ? 4 : 2;
+
+    template <int n, class rows> static void add(const dot_args & args, const rows & at) {
+        const int64_t n_blocks = args.n_values / 32;
+        const row_block32 * x[n_x];
         for (int t = 0; t < n_x; ++t) {
-            sum[t] = _mm256_setzero_ps();
+            x[t] = static_cast<const row_block32 *>(args.x[t]);
         }
-        int64_t b = 0;
-        for (; b + 4 <= n_blocks; b += 4, fetch += 4 * unit::bytes) {
-            prefetch<4 * unit::bytes>(fetch);
-            for (int i = 0; i < 4; ++i, p += unit::bytes) {
-                add_unit<unit, n_x>(p, x, b + i, sum, offset);
+        __m256 sum[n][n_x];
+        float offset[n][n_x] = {};
+        for (int i = 0; i < n; ++i) {
+            for (int t = 0; t < n_x; ++t) {
+                sum[i][t] = _mm256_setzero_ps();
             }
         }
-        for (; b < n_blocks; ++b, p += unit::bytes) {
-            add_unit<unit, n_x>(p, x, b, sum, offset);
+        int64_t b   = 0;
+        size_t byte = 0;
+        for (; b + 4 <= n_blocks; b += 4, byte += 4 * unit::bytes) {
+            each<n>([&](auto i) {
+                prefetch<4 * unit::bytes>(at.fetch[i] + byte);
+                for (int j = 0; j < 4; ++j) {
+                    add_unit<unit, n_x>(at.row[i] + byte + j * unit::bytes, x, b + j, sum[i], offset[i]);
+                }
+            });
         }
-        for (int t = 0; t < n_x; ++t) {
-            args.out[t][r] = unit::has_min ? sum_of(sum[t]) + offset[t] : sum_of(sum[t]) - unit::zero * offset[t];
+        for (; b < n_blocks; ++b, byte += unit::bytes) {
+            each<n>([&](auto i) { add_unit<unit, n_x>(at.row[i] + byte, x, b, sum[i], offset[i]); });
+        }
+        for (int i = 0; i < n; ++i) {
+            for (int t = 0; t < n_x; ++t) {
+                const float q            = sum_of(sum[i][t]);
+                args.out[t][at.index[i]] = unit::has_min ? q + offset[i][t] : q - unit::zero * offset[i][t];
+            }
         }
     }
-}
+};
 
 template <class unit> void dot_32(const dot_args & args) {
-    args.n_x == 1 ? dot_units<unit, 1>(args) : dot_units<unit, 2>(args);
+    args.n_x == 1 ? walk_rows<units_dot<unit, 1>>(args) : walk_rows<units_dot<unit, 2>>(args);
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -291,44 +289,55 @@ template <bool halves> inline __m256 scale_of(const float * scale, int g) {
     return _mm256_set1_ps(scale[g]);
 }
 
-template <class block, int n_x> void dot_blocks(const dot_args & args) {
-    const row_block256 * x[n_x];
+template <class block, int n_x>
+inline void add_block(const uint8_t * p, const row_block256 * const * x, int64_t b, __m256 * sum) {
+    unpacked_256 u;
+    block::unpack(p, u);
     for (int t = 0; t < n_x; ++t) {
-        x[t] = static_cast<const row_block256 *>(args.x[t]);
-    }
-    for (int64_t r = 0; r < args.n_rows; ++r) {
-        const uint8_t * p     = args.rows + static_cast<size_t>(r) * args.row_bytes;
-        const uint8_t * fetch = ahead_of(args, p);
-        __m256 sum[n_x];
-        for (int t = 0; t < n_x; ++t) {
-            sum[t] = _mm256_setzero_ps();
+        const row_block256 & xb = x[t][b];
+        __m256 part = _mm256_mul_ps(_mm256_load_ps(u.offset), _mm256_load_ps(block::halves ? xb.sum16 : xb.sum32));
+        if (block::halves) {
+            part = _mm256_fmadd_ps(_mm256_load_ps(u.offset + 8), _mm256_load_ps(xb.sum16 + 8), part);
         }
-        for (int64_t b = 0; b < args.n_values / 256; ++b, p += block::bytes, fetch += block::bytes) {
-            prefetch<block::bytes>(fetch);
-            unpacked_256 u;
-            block::unpack(p, u);
-            for (int t = 0; t < n_x; ++t) {
-                const row_block256 & xb = x[t][b];
-                __m256 part =
-                    _mm256_mul_ps(_mm256_load_ps(u.offset), _mm256_load_ps(block::halves ? xb.sum16 : xb.sum32));
-                if (block::halves) {
-                    part = _mm256_fmadd_ps(_mm256_load_ps(u.offset + 8), _mm256_load_ps(xb.sum16 + 8), part);
-                }
-                for (int g = 0; g < 8; ++g) {
-                    const __m256i v = products<block::is_wide>(u.q[g], load256(xb.q + 32 * g));
-                    part            = _mm256_fmadd_ps(_mm256_cvtepi32_ps(v), scale_of<block::halves>(u.scale, g), part);
-                }
-                sum[t] = _mm256_fmadd_ps(part, _mm256_set1_ps(xb.d), sum[t]);
-            }
+        for (int g = 0; g < 8; ++g) {
+            const __m256i v = products<block::is_wide>(u.q[g], load256(xb.q + 32 * g));
+            part            = _mm256_fmadd_ps(_mm256_cvtepi32_ps(v), scale_of<block::halves>(u.scale, g), part);
         }
-        for (int t = 0; t < n_x; ++t) {
-            args.out[t][r] = sum_of(sum[t]);
-        }
+        sum[t] = _mm256_fmadd_ps(part, _mm256_set1_ps(xb.d), sum[t]);
     }
 }
 
+template <class block, int n_x> struct blocks_dot {
+    static constexpr int streams = n_x == 1 ? 4 : 2;
+
+    template <int n, class rows> static void add(const dot_args & args, const rows & at) {
+        const row_block256 * x[n_x];
+        for (int t = 0; t < n_x; ++t) {
+            x[t] = static_cast<const row_block256 *>(args.x[t]);
+        }
+        __m256 sum[n][n_x];
+        for (int i = 0; i < n; ++i) {
+            for (int t = 0; t < n_x; ++t) {
+                sum[i][t] = _mm256_setzero_ps();
+            }
+        }
+        size_t byte = 0;
+        for (int64_t b = 0; b < args.n_values / 256; ++b, byte += block::bytes) {
+            each<n>([&](auto i) {
+                prefetch<block::bytes>(at.fetch[i] + byte);
+                add_block<block, n_x>(at.row[i] + byte, x, b, sum[i]);
+            });
+        }
+        for (int i = 0; i < n; ++i) {
+            for (int t = 0; t < n_x; ++t) {
+                args.out[t][at.index[i]] = sum_of(sum[i][t]);
+            }
+        }
+    }
+};
+
 template <class block> void dot_256(const dot_args & args) {
-    args.n_x == 1 ? dot_blocks<block, 1>(args) : dot_blocks<block, 2>(args);
+    args.n_x == 1 ? walk_rows<blocks_dot<block, 1>>(args) : walk_rows<blocks_dot<block, 2>>(args);
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -358,40 +367,44 @@ template <int type> inline float load_float(const uint8_t * row, int64_t i) {
     }
 }
 
-template <int type, int n_x> void dot_floats(const dot_args & args) {
-    for (int64_t r = 0; r < args.n_rows; ++r) {
-        const uint8_t * row   = args.rows + static_cast<size_t>(r) * args.row_bytes;
-        const uint8_t * fetch = ahead_of(args, row);
-        __m256 sum[n_x][4];
-        for (int t = 0; t < n_x; ++t) {
-            for (int j = 0; j < 4; ++j) {
-                sum[t][j] = _mm256_setzero_ps();
+template <int type, int n_x> struct floats_dot {
+    static constexpr int streams = 2;
+
+    template <int n, class rows> static void add(const dot_args & args, const rows & at) {
+        __m256 sum[n][n_x][4];
+        for (int i = 0; i < n; ++i) {
+            for (int t = 0; t < n_x; ++t) {
+                sum[i][t][0] = sum[i][t][1] = sum[i][t][2] = sum[i][t][3] = _mm256_setzero_ps();
             }
         }
-        int64_t i = 0;
-        for (; i + 32 <= args.n_values; i += 32) {
-            prefetch<32 * float_bytes(type)>(fetch + i * float_bytes(type));
-            for (int j = 0; j < 4; ++j) {
-                const __m256 w = load_floats<type>(row, i + 8 * j);
-                for (int t = 0; t < n_x; ++t) {
-                    sum[t][j] = _mm256_fmadd_ps(w, _mm256_loadu_ps(static_cast<const float *>(args.x[t]) + i + 8 * j),
-                                                sum[t][j]);
+        const auto x_at = [&args](int t, int64_t k) { return static_cast<const float *>(args.x[t]) + k; };
+        int64_t k       = 0;
+        for (; k + 32 <= args.n_values; k += 32) {
+            each<n>([&](auto i) {
+                prefetch<32 * float_bytes(type)>(at.fetch[i] + k * float_bytes(type));
+                each<4>([&](auto j) {
+                    const __m256 w = load_floats<type>(at.row[i], k + 8 * j);
+                    for (int t = 0; t < n_x; ++t) {
+                        sum[i][t][j] = _mm256_fmadd_ps(w, _mm256_loadu_ps(x_at(t, k + 8 * j)), sum[i][t][j]);
+                    }
+                });
+            });
+        }
+        for (int i = 0; i < n; ++i) {
+            for (int t = 0; t < n_x; ++t) {
+                const __m256 * part = sum[i][t];
+                float total = sum_of(_mm256_add_ps(_mm256_add_ps(part[0], part[1]), _mm256_add_ps(part[2], part[3])));
+                for (int64_t last = k; last < args.n_values; ++last) {
+                    total += load_float<type>(at.row[i], last) * *x_at(t, last);
                 }
+                args.out[t][at.index[i]] = total;
             }
-        }
-        for (int t = 0; t < n_x; ++t) {
-            float total =
-                sum_of(_mm256_add_ps(_mm256_add_ps(sum[t][0], sum[t][1]), _mm256_add_ps(sum[t][2], sum[t][3])));
-            for (int64_t k = i; k < args.n_values; ++k) {
-                total += load_float<type>(row, k) * static_cast<const float *>(args.x[t])[k];
-            }
-            args.out[t][r] = total;
         }
     }
-}
+};
 
 template <int type> void dot_float(const dot_args & args) {
-    args.n_x == 1 ? dot_floats<type, 1>(args) : dot_floats<type, 2>(args);
+    args.n_x == 1 ? walk_rows<floats_dot<type, 1>>(args) : walk_rows<floats_dot<type, 2>>(args);
 }
 
 // ---------------------------------------------------------------------------------------------------------------

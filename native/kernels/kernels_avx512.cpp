@@ -6,6 +6,7 @@
 
 #include "block_layout.h"
 #include "kernel_set.h"
+#include "row_streams.h"
 
 namespace hybrimoe::kernels {
 
@@ -14,7 +15,6 @@ namespace {
 // ---------------------------------------------------------------------------------------------------------------
 // small pieces
 
-constexpr int ahead_bytes     = 3072;
 constexpr float smallest_amax = 1e-36f;
 constexpr float largest_float = 3.402823466e+38f;
 
@@ -75,23 +75,6 @@ inline __m512 lane_halves(__m512i piece, const lane_words & words) {
     const __m512i index = _mm512_castsi256_si512(load256(words.at));
     return _mm512_cvtph_ps(_mm512_castsi512_si256(_mm512_permutexvar_epi16(index, piece)));
 }
-
-// The stream of weights: rows of this call, then `next`.
-struct stream {
-    const uint8_t * end;
-    const uint8_t * next;
-
-    explicit stream(const dot_args & args)
-        : end(args.rows + static_cast<size_t>(args.n_rows) * args.row_bytes), next(args.next) {}
-
-    const uint8_t * ahead(const uint8_t * row) const {
-        const uint8_t * p = row + ahead_bytes;
-        if (p < end) {
-            return p;
-        }
-        return next != nullptr ? next + (p - end) : row;
-    }
-};
 
 template <int bytes> inline void prefetch(const uint8_t * p) {
     for (int i = 0; i < bytes; i += 64) {
@@ -219,48 +202,58 @@ inline void add_unit(const uint8_t * p, const row_unit128 * const * x, int64_t u
     }
 }
 
-template <class unit, int n_x> void dot_units(const dot_args & args) {
-    const int64_t n_units   = args.n_values / 128;
-    const size_t tail_bytes = static_cast<size_t>(args.n_values % 128 / 32) * (unit::bytes / 4);
-    const auto tail_lanes   = static_cast<__mmask16>((1u << (args.n_values % 128 / 8)) - 1);
-    const stream weights(args);
+template <class unit, int n_x> struct units_dot {
+    static constexpr int streams = n_x == 1 ? 4 : 2;
 
-    const row_unit128 * x[n_x];
-    for (int t = 0; t < n_x; ++t) {
-        x[t] = static_cast<const row_unit128 *>(args.x[t]);
-    }
-    for (int64_t r = 0; r < args.n_rows; ++r) {
-        const uint8_t * p     = args.rows + static_cast<size_t>(r) * args.row_bytes;
-        const uint8_t * fetch = weights.ahead(p);
-        __m512 sum[n_x];
-        __m512 offset[n_x];
+    template <int n, class rows> static void add(const dot_args & args, const rows & at) {
+        const int64_t n_units   = args.n_values / 128;
+        const size_t tail_bytes = static_cast<size_t>(args.n_values % 128 / 32) * (unit::bytes / 4);
+        const uint8_t * end     = args.rows + static_cast<size_t>(args.n_rows) * args.row_bytes;
+        const row_unit128 * x[n_x];
         for (int t = 0; t < n_x; ++t) {
-            sum[t] = offset[t] = zero_f();
+            x[t] = static_cast<const row_unit128 *>(args.x[t]);
         }
-        for (int64_t u = 0; u < n_units; ++u, p += unit::bytes, fetch += unit::bytes) {
-            prefetch<unit::bytes>(fetch);
-            add_unit<unit, n_x>(p, x, u, sum, offset);
+        __m512 sum[n][n_x];
+        __m512 offset[n][n_x];
+        for (int i = 0; i < n; ++i) {
+            for (int t = 0; t < n_x; ++t) {
+                sum[i][t] = offset[i][t] = zero_f();
+            }
+        }
+        size_t byte = 0;
+        for (int64_t u = 0; u < n_units; ++u, byte += unit::bytes) {
+            each<n>([&](auto i) {
+                prefetch<unit::bytes>(at.fetch[i] + byte);
+                add_unit<unit, n_x>(at.row[i] + byte, x, u, sum[i], offset[i]);
+            });
         }
         if (tail_bytes != 0) {
-            // A whole unit reads past the row, and at the last rows past what may be the end of the file map.
-            alignas(64) uint8_t copy[unit::bytes];
-            if (p + unit::bytes > weights.end) {
-                memset(copy, 0, sizeof(copy));
-                memcpy(copy, p, tail_bytes);
-                p = copy;
-            }
-            add_unit<unit, n_x>(p, x, n_units, sum, offset, tail_lanes);
+            const auto tail_lanes = static_cast<__mmask16>((1u << (args.n_values % 128 / 8)) - 1);
+            each<n>([&](auto i) {
+                // A whole unit reads past the row, and at the last rows past what may be the end of the file map.
+                alignas(64) uint8_t copy[unit::bytes];
+                const uint8_t * p = at.row[i] + byte;
+                if (p + unit::bytes > end) {
+                    memset(copy, 0, sizeof(copy));
+                    memcpy(copy, p, tail_bytes);
+                    p = copy;
+                }
+                add_unit<unit, n_x>(p, x, n_units, sum[i], offset[i], tail_lanes);
+            });
         }
-        for (int t = 0; t < n_x; ++t) {
-            const __m512 total = unit::has_min ? _mm512_add_ps(sum[t], offset[t])
-                                               : _mm512_fnmadd_ps(_mm512_set1_ps(unit::zero), offset[t], sum[t]);
-            args.out[t][r]     = _mm512_reduce_add_ps(total);
+        for (int i = 0; i < n; ++i) {
+            for (int t = 0; t < n_x; ++t) {
+                const __m512 total       = unit::has_min
+                                               ? _mm512_add_ps(sum[i][t], offset[i][t])
+                                               : _mm512_fnmadd_ps(_mm512_set1_ps(unit::zero), offset[i][t], sum[i][t]);
+                args.out[t][at.index[i]] = _mm512_reduce_add_ps(total);
+            }
         }
     }
-}
+};
 
 template <class unit> void dot_32(const dot_args & args) {
-    args.n_x == 1 ? dot_units<unit, 1>(args) : dot_units<unit, 2>(args);
+    args.n_x == 1 ? walk_rows<units_dot<unit, 1>>(args) : walk_rows<units_dot<unit, 2>>(args);
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -409,34 +402,39 @@ struct dot_iq4_xs {
     }
 };
 
-template <class block, int n_x> void dot_blocks(const dot_args & args) {
-    const int64_t n_blocks = args.n_values / 256;
-    const stream weights(args);
+template <class block, int n_x> struct blocks_dot {
+    static constexpr int streams = n_x == 1 ? 4 : 2;
 
-    const row_block256 * x[n_x];
-    for (int t = 0; t < n_x; ++t) {
-        x[t] = static_cast<const row_block256 *>(args.x[t]);
-    }
-    for (int64_t r = 0; r < args.n_rows; ++r) {
-        const uint8_t * p     = args.rows + static_cast<size_t>(r) * args.row_bytes;
-        const uint8_t * fetch = weights.ahead(p);
-        sums_256 s[n_x];
+    template <int n, class rows> static void add(const dot_args & args, const rows & at) {
+        const row_block256 * x[n_x];
         for (int t = 0; t < n_x; ++t) {
-            s[t].sum[0] = s[t].sum[1] = s[t].offset = zero_f();
+            x[t] = static_cast<const row_block256 *>(args.x[t]);
         }
-        for (int64_t b = 0; b < n_blocks; ++b, p += block::bytes, fetch += block::bytes) {
-            prefetch<block::bytes>(fetch);
-            block::template add<n_x>(p, x, b, s);
+        sums_256 s[n][n_x];
+        for (int i = 0; i < n; ++i) {
+            for (int t = 0; t < n_x; ++t) {
+                s[i][t].sum[0] = s[i][t].sum[1] = s[i][t].offset = zero_f();
+            }
         }
-        for (int t = 0; t < n_x; ++t) {
-            const __m512 sum = _mm512_add_ps(s[t].sum[0], s[t].sum[1]);
-            args.out[t][r]   = _mm512_reduce_add_ps(_mm512_fnmadd_ps(_mm512_set1_ps(block::zero), s[t].offset, sum));
+        size_t byte = 0;
+        for (int64_t b = 0; b < args.n_values / 256; ++b, byte += block::bytes) {
+            each<n>([&](auto i) {
+                prefetch<block::bytes>(at.fetch[i] + byte);
+                block::template add<n_x>(at.row[i] + byte, x, b, s[i]);
+            });
+        }
+        for (int i = 0; i < n; ++i) {
+            for (int t = 0; t < n_x; ++t) {
+                const __m512 sum         = _mm512_add_ps(s[i][t].sum[0], s[i][t].sum[1]);
+                const __m512 total       = _mm512_fnmadd_ps(_mm512_set1_ps(block::zero), s[i][t].offset, sum);
+                args.out[t][at.index[i]] = _mm512_reduce_add_ps(total);
+            }
         }
     }
-}
+};
 
 template <class block> void dot_256(const dot_args & args) {
-    args.n_x == 1 ? dot_blocks<block, 1>(args) : dot_blocks<block, 2>(args);
+    args.n_x == 1 ? walk_rows<blocks_dot<block, 1>>(args) : walk_rows<blocks_dot<block, 2>>(args);
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -463,45 +461,50 @@ inline __mmask16 first_lanes(int64_t n) {
     return static_cast<__mmask16>(n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1);
 }
 
-template <int type, int n_x> void dot_floats(const dot_args & args) {
-    const stream weights(args);
-    for (int64_t r = 0; r < args.n_rows; ++r) {
-        const uint8_t * row   = args.rows + static_cast<size_t>(r) * args.row_bytes;
-        const uint8_t * fetch = weights.ahead(row);
-        __m512 sum[n_x][4];
-        for (int t = 0; t < n_x; ++t) {
-            for (int j = 0; j < 4; ++j) {
-                sum[t][j] = zero_f();
-            }
-        }
-        int64_t i = 0;
-        for (; i + 64 <= args.n_values; i += 64) {
-            prefetch<64 * float_bytes(type)>(fetch + i * float_bytes(type));
-            for (int j = 0; j < 4; ++j) {
-                const __m512 w = load_floats<type>(row, i + 16 * j, 0xffff);
-                for (int t = 0; t < n_x; ++t) {
-                    const __m512 x = _mm512_loadu_ps(static_cast<const float *>(args.x[t]) + i + 16 * j);
-                    sum[t][j]      = _mm512_fmadd_ps(w, x, sum[t][j]);
-                }
-            }
-        }
-        for (; i < args.n_values; i += 16) {
-            const __mmask16 mask = first_lanes(args.n_values - i);
-            const __m512 w       = load_floats<type>(row, i, mask);
+template <int type, int n_x> struct floats_dot {
+    static constexpr int streams = n_x == 1 ? 4 : 2;
+
+    template <int n, class rows> static void add(const dot_args & args, const rows & at) {
+        __m512 sum[n][n_x][4];
+        for (int i = 0; i < n; ++i) {
             for (int t = 0; t < n_x; ++t) {
-                const __m512 x = _mm512_maskz_loadu_ps(mask, static_cast<const float *>(args.x[t]) + i);
-                sum[t][0]      = _mm512_fmadd_ps(w, x, sum[t][0]);
+                sum[i][t][0] = sum[i][t][1] = sum[i][t][2] = sum[i][t][3] = zero_f();
             }
         }
-        for (int t = 0; t < n_x; ++t) {
-            args.out[t][r] = _mm512_reduce_add_ps(
-                _mm512_add_ps(_mm512_add_ps(sum[t][0], sum[t][1]), _mm512_add_ps(sum[t][2], sum[t][3])));
+        const auto x_at = [&args](int t, int64_t k) { return static_cast<const float *>(args.x[t]) + k; };
+        int64_t k       = 0;
+        for (; k + 64 <= args.n_values; k += 64) {
+            each<n>([&](auto i) {
+                prefetch<64 * float_bytes(type)>(at.fetch[i] + k * float_bytes(type));
+                each<4>([&](auto j) {
+                    const __m512 w = load_floats<type>(at.row[i], k + 16 * j, 0xffff);
+                    for (int t = 0; t < n_x; ++t) {
+                        sum[i][t][j] = _mm512_fmadd_ps(w, _mm512_loadu_ps(x_at(t, k + 16 * j)), sum[i][t][j]);
+                    }
+                });
+            });
+        }
+        for (; k < args.n_values; k += 16) {
+            const __mmask16 mask = first_lanes(args.n_values - k);
+            each<n>([&](auto i) {
+                const __m512 w = load_floats<type>(at.row[i], k, mask);
+                for (int t = 0; t < n_x; ++t) {
+                    sum[i][t][0] = _mm512_fmadd_ps(w, _mm512_maskz_loadu_ps(mask, x_at(t, k)), sum[i][t][0]);
+                }
+            });
+        }
+        for (int i = 0; i < n; ++i) {
+            for (int t = 0; t < n_x; ++t) {
+                const __m512 * part      = sum[i][t];
+                args.out[t][at.index[i]] = _mm512_reduce_add_ps(
+                    _mm512_add_ps(_mm512_add_ps(part[0], part[1]), _mm512_add_ps(part[2], part[3])));
+            }
         }
     }
-}
+};
 
 template <int type> void dot_float(const dot_args & args) {
-    args.n_x == 1 ? dot_floats<type, 1>(args) : dot_floats<type, 2>(args);
+    args.n_x == 1 ? walk_rows<floats_dot<type, 1>>(args) : walk_rows<floats_dot<type, 2>>(args);
 }
 
 // ---------------------------------------------------------------------------------------------------------------

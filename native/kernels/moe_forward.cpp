@@ -264,9 +264,10 @@ struct pass_layout {
 // One thread's view of one pass.
 class pass {
 public:
-    pass(const kernel_set * kernels, const moe_layer & moe, const moe_batch & moe_batch_,
+    pass(const moe_plan & moe_plan_, const moe_layer & moe, const moe_batch & moe_batch_,
          const pass_layout & pass_layout_, void * scratch, const team & t)
-        : ks(kernels), layer(moe), batch(moe_batch_), lay(pass_layout_), crew(t), base(static_cast<uint8_t *>(scratch)),
+        : plan(moe_plan_), ks(moe_plan_.kernels), layer(moe), batch(moe_batch_), lay(pass_layout_), crew(t),
+          base(static_cast<uint8_t *>(scratch)),
           mine(base + lay.at_threads + lay.thread_bytes * static_cast<size_t>(t.index)),
           shared(reinterpret_cast<shared_state *>(base)), groups(at<expert_group>(lay.at_groups)),
           pair_of(at<int32_t>(lay.at_pair_of)), position_of(at<int32_t>(lay.at_position_of)) {}
@@ -292,6 +293,7 @@ public:
     }
 
 private:
+    const moe_plan & plan;
     const kernel_set * ks;
     const moe_layer & layer;
     const moe_batch & batch;
@@ -472,7 +474,7 @@ private:
             }
             return;
         }
-        dot_args args = {m.row(expert, r0), m.m->row_bytes, n_rows, m.n_in, {}, n_x, {}, next};
+        dot_args args = {m.row(expert, r0), m.m->row_bytes, n_rows, m.n_in, {}, n_x, {}, next, plan.n_streams};
         for (int t = 0; t < n_x; ++t) {
             args.x[t]   = x[t];
             args.out[t] = out[t];
@@ -837,7 +839,7 @@ moe_plan make_plan(const kernel_set * ks, const moe_layer & layer, int64_t max_t
         const int64_t n_passes = (max_tokens + chunk - 1) / chunk + 1;
         chunk                  = max_of(min_chunk_tokens, (max_tokens + n_passes - 1) / n_passes);
     }
-    return {ks, max_tokens, top_k, n_threads, chunk, bytes(chunk)};
+    return {ks, max_tokens, top_k, n_threads, chunk, bytes(chunk), default_streams()};
 }
 
 void moe_forward(const moe_plan & plan, const moe_layer & layer, const moe_batch & batch, void * scratch,
@@ -846,7 +848,7 @@ void moe_forward(const moe_plan & plan, const moe_layer & layer, const moe_batch
         const int64_t n = min_of(plan.chunk_tokens, batch.n_tokens - first);
         const pass_layout lay(plan.kernels, layer, n, batch.top_k, plan.n_threads);
         const moe_batch part = part_of(batch, first, n);
-        pass(plan.kernels, layer, part, lay, scratch, team).run();
+        pass(plan, layer, part, lay, scratch, team).run();
     }
 }
 
@@ -863,7 +865,8 @@ void router_rows(const kernel_set * ks, int32_t type, const void * w, size_t row
                      {x},
                      1,
                      {logits + row_begin},
-                     nullptr};
+                     nullptr,
+                     default_streams()};
     kernels->dot(args);
 }
 

@@ -79,6 +79,11 @@ const char * kernel_set_name(const kernel_set * ks);
 // Names this CPU and this build can run, fastest first, nullptr-terminated.
 const char * const * available_kernel_sets();
 
+// How many rows of weights a thread reads at once while it waits for memory: 1, or more than 1. Cores of Intel keep
+// more cache lines in flight when several pages are read at once (one stream 20 GB/s, four 27 GB/s with two threads of
+// family 6, model 167); on Zen 5 a second stream costs throughput, so there, and on unknown cores, it is one.
+int default_streams();
+
 // ---------------------------------------------------------------------------------------------------------------
 // one layer
 
@@ -170,6 +175,7 @@ struct moe_plan {
     int32_t n_threads          = 0; // at most; a team may be smaller
     int64_t chunk_tokens       = 0; // tokens per pass, so that scratch stays below the limit
     size_t scratch_bytes       = 0;
+    int n_streams              = 1; // make_plan: default_streams(); results do not depend on it
 };
 
 constexpr size_t default_scratch_limit_bytes = size_t{40} << 20;

@@ -51,6 +51,14 @@ constexpr candidate candidates[] = {
 
 } // namespace
 
+int default_streams() {
+#ifdef HYBRIMOE_KERNELS_X86
+    return __builtin_cpu_is("intel") ? 4 : 1;
+#else
+    return 1;
+#endif
+}
+
 const kernel_set * best_kernel_set() {
     for (const candidate & c : candidates) {
         if (c.supported()) {

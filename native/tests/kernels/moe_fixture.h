@@ -285,14 +285,18 @@ struct scratch_buffer {
 };
 
 inline std::vector<float> forward(const kernel_set * ks, const moe_layer & layer, const input & in, int n_threads,
-                                  size_t limit_bytes = default_scratch_limit_bytes, const float * add_to = nullptr) {
+                                  size_t limit_bytes = default_scratch_limit_bytes, const float * add_to = nullptr,
+                                  int n_streams = 0) {
     std::vector<float> y(in.x.size(), -77.0f);
     moe_batch batch = in.batch(y.data());
     if (add_to != nullptr) {
         y.assign(add_to, add_to + y.size());
         batch.accumulate = true;
     }
-    const moe_plan plan = make_plan(ks, layer, in.n_tokens, in.top_k, n_threads, limit_bytes);
+    moe_plan plan = make_plan(ks, layer, in.n_tokens, in.top_k, n_threads, limit_bytes);
+    if (n_streams > 0) {
+        plan.n_streams = n_streams;
+    }
     scratch_buffer scratch(plan.scratch_bytes);
     spin_barrier barrier(n_threads);
     const auto work = [&](int index) {

@@ -227,6 +227,27 @@ void test_thread_counts() {
     }
 }
 
+// Several streams of weights at once: the same bits, whatever the rows' number leaves over.
+void test_streams() {
+    for (const int32_t type : all_types) {
+        const int32_t block = find_type(type)->block_values;
+        const shape sizes   = block == 1 ? shape{39, 83} : block == 32 ? shape{96, 160} : shape{256, 512};
+        model mod;
+        mod.make(type, type, type, sizes.n_embd, sizes.n_ff, 3, ffn_op::swiglu, 78, 0, false);
+        for (const int t : {1, 2}) {
+            input in;
+            in.make(t, 1, mod.layer.n_embd, 14);
+            in.ids.assign(in.ids.size(), 2); // the last expert, alone: one and two tokens of one dot
+            for (const kernel_set * ks : all_sets()) {
+                const std::vector<float> one  = forward(ks, mod.layer, in, 1, default_scratch_limit_bytes, nullptr, 1);
+                const std::vector<float> four = forward(ks, mod.layer, in, 1, default_scratch_limit_bytes, nullptr, 4);
+                check(memcmp(one.data(), four.data(), one.size() * sizeof(float)) == 0,
+                      label(ks, std::string(find_type(type)->name) + " bitwise with several streams"));
+            }
+        }
+    }
+}
+
 // A token's result does not depend on its place in the batch while its experts' groups keep their kind.
 void test_order_of_tokens() {
     model mod;
@@ -476,6 +497,7 @@ int main(int argc, char ** argv) {
         test_router();
     }
     test_thread_counts();
+    test_streams();
     test_order_of_tokens();
     test_passes();
     test_masks();
