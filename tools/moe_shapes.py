@@ -34,6 +34,7 @@ class Shape:
     n_head_kv: int
     head_dim: int
     n_ff_dense: int = 0
+    n_dense_lead: int = 1  # layers without experts at the start, where the architecture has such
     n_shared: int = 0
     n_groups: int = 0
     n_groups_used: int = 0
@@ -203,7 +204,7 @@ def _deepseek2(s: Shape, i: int, *, merged: bool = False, probs_bias: bool = Tru
     yield Tensor("attn_v_b.weight", (s.kv_rank, nope, s.n_head), "matrix")
     yield Tensor("attn_output.weight", (s.n_head * nope, s.n_embd), "matrix")
     yield _ffn_norm(s)
-    if i == 0:
+    if i < s.n_dense_lead:
         yield from _dense_ffn(s)
         return
     yield from _experts(s, merged=merged)
@@ -215,7 +216,7 @@ def _deepseek2(s: Shape, i: int, *, merged: bool = False, probs_bias: bool = Tru
 def _deepseek2_metadata(s: Shape, gating: int) -> dict[str, Value]:
     nope = s.head_dim - s.head_dim_rope
     values: dict[str, Value] = {
-        "leading_dense_block_count": 1,
+        "leading_dense_block_count": s.n_dense_lead,
         "attention.q_lora_rank": s.q_rank,
         "attention.kv_lora_rank": s.kv_rank,
         "attention.key_length": s.kv_rank + s.head_dim_rope,
