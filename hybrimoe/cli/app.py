@@ -42,9 +42,11 @@ def make_app() -> typer.Typer:
 
     options.command(app, "chat", _chat, CHAT_COMMAND_OPTIONS, "[MODEL]")
     options.command(app, "run", _run, RUN_COMMAND_OPTIONS, "[MODEL] [PROMPT or -]")
-    from hybrimoe.cli import doctor, models
+    from hybrimoe.cli import doctor, models, simulate, trace
 
     app.add_typer(models.make_app(), name="models")
+    app.add_typer(trace.make_app(), name="trace")
+    simulate.add_to(app)
     doctor.add_to(app)
     return app
 
@@ -131,6 +133,6 @@ def _fail(error: HybrimoeError, verbose: bool) -> int:
 def _usage_error(error: Exception, arguments: Sequence[str]) -> int:
     message = error.format_message() if hasattr(error, "format_message") else str(error)
     command = next((a for a in arguments if not a.startswith("-")), "")
-    known = command in ("chat", "run", "models", "doctor")
+    known = command in ("chat", "run", "models", "doctor", "trace", "simulate")
     hint = f"hybrimoe {command} --help" if known else "hybrimoe --help"
     return _fail(UsageError(message[:1].lower() + message[1:], hint), verbose=False)

@@ -1,0 +1,174 @@
+"""`hybrimoe trace`: record, look at, convert and import routing traces."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hybrimoe.cli.console import note, output_console, progress, warn
+from hybrimoe.cli.options import HELP_NAMES, finish
+from hybrimoe.errors import UsageError
+
+_JSON = typer.Option("--json/--no-json", help="Print JSON.", show_default=False)
+_OUTPUT = typer.Option("-o", "--output", metavar="FILE", help="The file to write.", show_default=False)
+_FORCE = typer.Option("--force/--no-force", help="Replace an existing file.", show_default=False)
+_PROMPTS = typer.Option("--prompts", metavar="N", min=1, help="Only the first N prompts.", show_default=False)
+
+
+def make_app() -> typer.Typer:
+    """The commands below `hybrimoe trace`."""
+    app = typer.Typer(
+        help="Routing traces: record, info, convert, import.", context_settings=HELP_NAMES, rich_markup_mode=None
+    )
+
+    @app.callback(invoke_without_command=True)
+    def start(context: typer.Context) -> None:
+        if context.invoked_subcommand is None:
+            print(context.get_help())
+
+    @app.command(context_settings=HELP_NAMES)
+    def info(
+        trace: Annotated[Path, typer.Argument(metavar="TRACE", help="A trace file.")],
+        as_json: Annotated[bool, _JSON] = False,
+        metrics: Annotated[
+            bool, typer.Option("--metrics/--no-metrics", help="Measure how well the model caches.", show_default=False)
+        ] = False,
+        prompts: Annotated[int | None, _PROMPTS] = None,
+        model: Annotated[
+            str | None, typer.Option("-m", "--model", metavar="MODEL", help="Check that the trace is of this model.")
+        ] = None,
+    ) -> None:
+        """Show what a trace holds; with --metrics what it says about its model, with one sentence of advice."""
+        finish(lambda: _info(trace, as_json, metrics, prompts, model))
+
+    @app.command(context_settings=HELP_NAMES)
+    def convert(
+        trace: Annotated[Path, typer.Argument(metavar="TRACE", help="A trace file.")],
+        output: Annotated[Path, _OUTPUT],
+        prompts: Annotated[int | None, _PROMPTS] = None,
+        without: Annotated[
+            list[str] | None,
+            typer.Option("--without", metavar="ARRAY", help="Leave out: weights, scores, lookahead, events, ..."),
+        ] = None,
+        force: Annotated[bool, _FORCE] = False,
+    ) -> None:
+        """Write a trace as .trace, .npz or .csv (one row per routed expert), or a part of it."""
+        finish(lambda: _convert(trace, output, prompts, without or [], force))
+
+    @app.command("import", context_settings=HELP_NAMES)
+    def import_(
+        files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Traces of another format.")],
+        output: Annotated[Path, _OUTPUT],
+        form: Annotated[
+            str, typer.Option("--format", metavar="NAME", help="npz, moe-beyond, route-csv, layer-csv or auto.")
+        ] = "auto",
+        name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="The model's name.")] = None,
+        n_expert: Annotated[
+            int | None, typer.Option("--n-expert", metavar="N", min=1, max=1024, help="Experts per layer.")
+        ] = None,
+        top_k: Annotated[
+            int | None, typer.Option("--top-k", metavar="K", min=1, max=1024, help="Experts per token (CSV).")
+        ] = None,
+        expert_bytes: Annotated[
+            str | None, typer.Option("--expert-bytes", metavar="SIZE", help="Bytes of one expert, such as 4.9MB.")
+        ] = None,
+        force: Annotated[bool, _FORCE] = False,
+    ) -> None:
+        """Import traces of other formats; several files are the prompts of one trace, in order."""
+        finish(lambda: _import(files, output, form, (name, n_expert, top_k, expert_bytes), force))
+
+    return app
+
+
+def _info(path: Path, as_json: bool, with_metrics: bool, prompts: int | None, model: str | None) -> None:
+    from hybrimoe.trace import info, metrics
+    from hybrimoe.trace.format import read
+
+    want = None if with_metrics or path.stat().st_size < 1 << 26 else ()
+    trace = read(path, want=want) if path.is_file() else read(path)
+    if model is not None:
+        check_model(trace, model)
+    if trace.note:
+        warn(trace.note)
+    if prompts is not None:
+        trace = trace.head(prompts)
+    found = metrics.measure(trace) if with_metrics else None
+    if as_json:
+        data: dict[str, Any] = info.summary(trace)
+        if found is not None:
+            data["metrics"] = found.to_dict()
+        print(json.dumps(without_nan(data), ensure_ascii=False, indent=1))
+        return
+    console = output_console()
+    for line in [*info.lines(trace), *(["", *metrics.lines(found)] if found else [])]:
+        console.print(line)
+
+
+def without_nan(value: Any) -> Any:
+    """JSON has no NaN and no infinity: None instead."""
+    if isinstance(value, dict):
+        return {str(k): without_nan(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def check_model(trace: Any, model: str) -> None:
+    """Raises TraceError where the trace is not of the model that the user named."""
+    from hybrimoe.gguf_model import inspect
+    from hybrimoe.models import store
+    from hybrimoe.trace.identity import check_same
+
+    check_same(trace, inspect(store.resolve(model)).require_moe())
+
+
+def check_output(path: Path, force: bool) -> None:
+    """Raises UsageError where the file exists already, or is a folder."""
+    if path.is_dir():
+        raise UsageError(f"'{path}' is a folder", "give a file name")
+    if path.exists() and not force:
+        raise UsageError(f"'{path}' exists already", "--force replaces it")
+
+
+def _convert(path: Path, output: Path, prompts: int | None, without: list[str], force: bool) -> None:
+    from hybrimoe.trace.convert import OPTIONAL, write
+    from hybrimoe.trace.format import read
+
+    for name in without:
+        if name not in (*OPTIONAL, "events"):
+            raise UsageError(f"there is no array '{name}' to leave out", f"known are {', '.join(OPTIONAL)}, events")
+    check_output(output, force)
+    trace = read(path)
+    if trace.note:
+        warn(trace.note)
+    if prompts is not None:
+        trace = trace.head(prompts)
+        without = [*without, "events"]
+    with progress(f"writing {output.name}") as update:
+        write(trace, output, without=without, progress=update)
+    note(f"wrote {output}: {trace.n_tokens} tokens of {trace.n_prompts} prompts")
+
+
+def _import(files: list[Path], output: Path, form: str, given: tuple[Any, ...], force: bool) -> None:
+    from hybrimoe.config import parse_size
+    from hybrimoe.trace.convert import write_imported
+    from hybrimoe.trace.importers import ImportOptions, import_files
+
+    name, n_expert, top_k, size = given
+    try:
+        expert_bytes = None if size is None else parse_size(size)
+    except ValueError as error:
+        raise UsageError(f"--expert-bytes: {error}") from error
+    if output.suffix != ".trace":
+        raise UsageError(f"'{output.name}' does not end in .trace", "an import writes a trace file: -o NAME.trace")
+    check_output(output, force)
+    found = import_files(files, ImportOptions(name, n_expert, top_k, expert_bytes), form)
+    for text in found.notes:
+        warn(text)
+    with progress(f"writing {output.name}") as update:
+        write_imported(found, output, update)
+    note(f"wrote {output}: {len(found.experts)} tokens of {int(found.prompt[-1]) + 1} prompts, {found.model.name}")

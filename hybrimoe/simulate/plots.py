@@ -1,0 +1,170 @@
+"""Pictures of a simulation, and one self-contained HTML page with all of them."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hybrimoe.errors import HybrimoeError
+from hybrimoe.native.core import Kind, Policy
+from hybrimoe.simulate.grid import Point, describe
+from hybrimoe.simulate.replay import Row
+from hybrimoe.simulate.report import advice, table_cells
+from hybrimoe.simulate.timeline import layer_timeline, residency
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from hybrimoe.trace.format import TraceFile
+
+__all__ = ["figures", "html_page", "png"]
+
+_DPI = 110
+
+
+def _figure(width: float, height: float) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise HybrimoeError("pictures need matplotlib, which is not installed", "pip install matplotlib") from error
+    # No pyplot: it keeps global state and looks for a display.
+    return Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+
+
+def png(figure: Figure) -> bytes:
+    """The picture as PNG, without the date, so that the same rows give the same bytes."""
+    out = io.BytesIO()
+    figure.savefig(out, format="png", metadata={"Software": "hybrimoe"})
+    return out.getvalue()
+
+
+def figures(rows: Sequence[Row], points: Sequence[Point], trace: TraceFile) -> list[tuple[str, Figure]]:
+    """(title, picture): hit rate over size, speed over size, a layer's timeline, residency.
+
+    Args:
+        rows: of the first trace; `points` beside them.
+    """
+    found = [("Hit rate over cache size", _over_size(rows, "hit_rate", "hit rate, %", 100.0))]
+    if any(r.mode == "clock" for r in rows):
+        timed = [r for r in rows if r.mode == "clock"]
+        found.append(("Simulated speed over cache size", _over_size(timed, "tokens_per_s", "tokens per second", 1.0)))
+    middle = sorted({r.n_slots for r in rows if r.n_slots})
+    if not middle:
+        return found
+    n_slots = middle[len(middle) // 2]
+    pairs = [(r, p) for r, p in zip(rows, points, strict=True) if r.n_slots == n_slots]
+    clocked = [(r, p) for r, p in pairs if r.mode == "clock"]
+    if clocked:
+        point = max(clocked, key=lambda pair: pair[0].tokens_per_s or 0.0)[1]
+        token, layer, bars = layer_timeline(point, trace)
+        if bars:
+            what = f"{point.policy}, {point.schedule}, {n_slots} slots, {point.machine}; token {token}, layer {layer}"
+            found.append((f"One layer's timeline ({what})", _timeline(bars)))
+    real = [r for r, _ in pairs if not describe(Kind.EVICTION, Policy.parse(r.policy).name).oracle]
+    if real:
+        best = max(real, key=lambda r: r.hit_rate)
+        found.append((f"Residency ({best.policy}, {n_slots} slots)", _heat_map(residency(best.policy, n_slots, trace))))
+    return found
+
+
+def _over_size(rows: Sequence[Row], name: str, label: str, factor: float) -> Figure:
+    figure = _figure(8, 4.8)
+    axes = figure.add_subplot()
+    lines: dict[str, list[Row]] = {}
+    several = {
+        key: len({getattr(r, key) for r in rows if r.mode == "clock" or key == "cold"}) > 1
+        for key in ("cold", "profile", "schedule", "prefetch")
+    }
+    for row in rows:
+        parts = [row.policy]
+        for key, shown in several.items():
+            if shown and (value := getattr(row, key)) is not None:
+                parts.append(("cold" if value else "kept") if key == "cold" else str(value))
+        lines.setdefault(", ".join(parts), []).append(row)
+    for title, line in lines.items():
+        line.sort(key=lambda r: r.n_slots)
+        style = "--" if line[0].policy.startswith("belady") else "-"
+        values = [factor * (getattr(r, name) or 0.0) for r in line]
+        axes.plot([r.n_slots for r in line], values, style, marker="o", markersize=3.5, label=title)
+    axes.set_xlabel(f"slots per layer, of {round(rows[-1].n_slots / max(1e-9, rows[-1].cache_fraction))} experts")
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.3)
+    axes.set_title(f"{rows[0].model}, {rows[0].n_tokens} tokens")
+    axes.legend(fontsize=8, loc="best", ncols=1 if len(lines) < 9 else 2)
+    return figure
+
+
+def _timeline(bars: Sequence[Any]) -> Figure:
+    figure = _figure(8, 2.4)
+    axes = figure.add_subplot()
+    lanes = sorted({bar.lane for bar in bars})
+    for bar in bars:
+        at = lanes.index(bar.lane)
+        colour = {"C": "#4c78a8", "G": "#54a24b", "l": "#e45756"}[bar.lane[0]]
+        axes.barh(at, bar.end_us - bar.start_us, left=bar.start_us, color=colour, edgecolor="white")
+        axes.text((bar.start_us + bar.end_us) / 2, at, str(bar.expert), ha="center", va="center", fontsize=7)
+    axes.set_yticks(range(len(lanes)), lanes)
+    axes.set_xlabel("microseconds (simulated); numbers are experts")
+    return figure
+
+
+def _heat_map(shares: Any) -> Figure:
+    figure = _figure(8, max(2.5, 0.12 * len(shares) + 1))
+    axes = figure.add_subplot()
+    image = axes.imshow(shares, aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
+    axes.set_xlabel("expert")
+    axes.set_ylabel("MoE layer")
+    figure.colorbar(image, ax=axes, label="share of tokens resident")
+    return figure
+
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222;
+ background: #fff }
+table { border-collapse: collapse; font-size: 13px } td, th { padding: .2rem .6rem; text-align: right;
+ border-bottom: 1px solid #ddd } td:first-child, th:first-child { text-align: left } img { max-width: 100% }
+.note { color: #666 } div { overflow-x: auto }
+"""
+
+
+def html_page(rows: Sequence[Row], pictures: Sequence[tuple[str, Figure]], command: str, notes: Sequence[str]) -> str:
+    """One page that needs no other file and no network."""
+    head, cells = table_cells(rows)
+
+    def line(values: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(v)}</{tag}>" for v in values) + "</tr>"
+
+    title = f"Expert cache simulation: {rows[0].model}"
+    parts = [
+        "<!doctype html>",
+        f'<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>',
+        f"<style>{_STYLE}</style></head>",
+        f"<body><h1>{html.escape(title)}</h1>",
+    ]
+    if sentence := advice(rows):
+        parts.append(f"<p><strong>{html.escape(sentence)}</strong></p>")
+    parts += [f'<p class="note">{html.escape(text)}</p>' for text in notes]
+    for name, figure in pictures:
+        data = base64.b64encode(png(figure)).decode()
+        parts.append(f'<h2>{html.escape(name)}</h2><img alt="{html.escape(name)}" src="data:image/png;base64,{data}">')
+    body = "".join(line(row, "td") for row in cells)
+    parts.append(f"<h2>All combinations</h2><div><table>{line(head, 'th')}{body}</table></div>")
+    parts.append(f'<p class="note">{html.escape(command)}</p></body></html>')
+    return "\n".join(parts) + "\n"
+
+
+def save(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all."""
+    from hybrimoe.errors import from_os_error
+
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise from_os_error(error, f"write '{path}'") from error

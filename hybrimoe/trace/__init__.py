@@ -1,0 +1,1 @@
+"""Routing traces: the file format, importers, recording, and what a trace says about its model."""
