@@ -170,11 +170,15 @@ struct unit_mxfp4 {
         hi              = _mm512_shuffle_epi8(mxfp4_table(), high_nibbles(v));
     }
     static void scales(const uint8_t * p, __m512 & d, __m512 &) {
-        const uint32_t e4      = static_cast<uint32_t>(p[0]) | static_cast<uint32_t>(p[17]) << 8 |
-                                 static_cast<uint32_t>(p[34]) << 16 | static_cast<uint32_t>(p[51]) << 24;
-        const __m512i repeated = _mm512_broadcastd_epi32(_mm_cvtsi32_si128(static_cast<int>(e4)));
-        const __m512i per_lane = _mm512_set_epi32(24, 24, 24, 24, 16, 16, 16, 16, 8, 8, 8, 8, 0, 0, 0, 0);
-        d = e8m0_half(_mm512_and_si512(_mm512_srlv_epi32(repeated, per_lane), _mm512_set1_epi32(255)));
+        // Bytes 0, 17, 34 and 51: the low or the high byte of words 0, 8, 17 and 25, brought to a float's exponent.
+        const __m512i words    = _mm512_set_epi32(25, 25, 25, 25, 17, 17, 17, 17, 8, 8, 8, 8, 0, 0, 0, 0);
+        const __m512i to_top   = _mm512_set_epi32(15, 15, 15, 15, 23, 23, 23, 23, 15, 15, 15, 15, 23, 23, 23, 23);
+        const __m512i shifted  = _mm512_sllv_epi32(_mm512_permutexvar_epi16(words, load512(p)), to_top);
+        const __m512i exponent = _mm512_and_si512(shifted, _mm512_set1_epi32(0x7f800000));
+        const __m512i normal   = _mm512_sub_epi32(exponent, _mm512_set1_epi32(1 << 23));
+        const __mmask16 small  = _mm512_cmplt_epi32_mask(exponent, _mm512_set1_epi32(2 << 23));
+        d                      = bits_as_float(
+            _mm512_mask_add_epi32(normal, small, _mm512_set1_epi32(0x00200000), _mm512_srli_epi32(exponent, 2)));
     }
 };
 

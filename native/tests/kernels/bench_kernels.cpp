@@ -1,4 +1,5 @@
-// Speed of the expert kernels: decode bandwidth against a measured stream read, and multiply-adds of prefill.
+// Speed of the expert kernels: decode bandwidth against plain reads (in 1, 2, 4 and 8 sequential streams a thread),
+// multiply-adds of prefill, and the fixed cost of a layer.
 //
 //   bench_kernels [threads] [set] [type ...]
 //
@@ -7,7 +8,9 @@
 #include <time.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
+#include <iterator>
 #include <string>
 
 #include "moe_fixture.h"
@@ -63,36 +66,46 @@ struct omp_barrier {
     }
 };
 
-double stream_bytes_per_s(const std::vector<uint8_t> & memory, int n_threads) {
-    std::vector<double> rates;
-    const size_t part = memory.size() / 8;
-    for (int i = 0; i < 24; ++i) {
-        const uint8_t * from = memory.data() + static_cast<size_t>(i % 8) * part;
-        std::vector<uint64_t> sink(static_cast<size_t>(n_threads) * 8);
-        const double start = seconds();
-#pragma omp parallel num_threads(n_threads)
-        {
-            const auto t       = static_cast<size_t>(omp_get_thread_num());
-            const size_t bytes = part / static_cast<size_t>(n_threads) / 64 * 64;
-            uint64_t sum[8]    = {};
-            for (size_t at = t * bytes; at + 64 <= (t + 1) * bytes; at += 64) {
-                __builtin_prefetch(from + at + 3072);
-                uint64_t v[8];
-                memcpy(v, from + at, 64);
-                for (int j = 0; j < 8; ++j) {
-                    sum[j] += v[j];
-                }
-            }
-            for (uint64_t s : sum) {
-                sink[t * 8] += s;
-            }
-        }
-        rates.push_back(static_cast<double>(part) / (seconds() - start));
-        if (sink[0] == 42) {
-            printf(" ");
+// Reads `bytes` as n sequential streams; one load a cache line is what the memory sees anyway.
+template <int n> uint64_t read_streams(const uint8_t * from, size_t bytes) {
+    uint64_t sum[n]   = {};
+    const size_t part = bytes / n / 64 * 64;
+    for (size_t at = 0; at < part; at += 64) {
+        for (int i = 0; i < n; ++i) {
+            const uint8_t * p = from + static_cast<size_t>(i) * part + at;
+            __builtin_prefetch(p + 2048);
+            uint64_t v;
+            memcpy(&v, p, sizeof(v));
+            sum[i] += v;
         }
     }
-    return median(rates);
+    uint64_t total = 0;
+    for (uint64_t s : sum) {
+        total += s;
+    }
+    return total;
+}
+
+constexpr int stream_counts[] = {1, 2, 4, 8};
+
+// Bytes per second of one read of `bytes` by all threads, each with its own part
+double read_rate(const uint8_t * from, size_t bytes, int n_streams, int n_threads) {
+    std::atomic<uint64_t> sink{0};
+    const size_t part  = bytes / static_cast<size_t>(n_threads) / 4096 * 4096;
+    const double start = seconds();
+#pragma omp parallel num_threads(n_threads)
+    {
+        const uint8_t * mine = from + static_cast<size_t>(omp_get_thread_num()) * part;
+        sink += n_streams == 1   ? read_streams<1>(mine, part)
+                : n_streams == 2 ? read_streams<2>(mine, part)
+                : n_streams == 4 ? read_streams<4>(mine, part)
+                                 : read_streams<8>(mine, part);
+    }
+    const double elapsed = seconds() - start;
+    if (sink == 42) {
+        printf(" ");
+    }
+    return static_cast<double>(part) * n_threads / elapsed;
 }
 
 void run(const moe_plan & plan, const moe_layer & layer, const moe_batch & batch, void * scratch, int n_threads) {
@@ -122,13 +135,17 @@ double cached_bytes_per_s(const kernel_set * ks, int32_t type, int n_threads) {
     return static_cast<double>(mod.gate.m.expert_bytes * 2 + mod.down.m.expert_bytes) / median(times);
 }
 
-void bench_type(const kernel_set * ks, int32_t type, int n_threads, double stream) {
+// Decode steps and plain reads of the same memory by the same threads take turns, so that both meet the same machine.
+void bench_type(const kernel_set * ks, int32_t type, int n_threads) {
     const int n_expert = 128;
     const int top_k    = 8;
     model mod;
     mod.make(type, type, type, 2048, 768, n_expert, ffn_op::swiglu, 1, 0, false);
     const double layer_bytes =
         static_cast<double>(mod.gate.m.row_bytes * 768 * 2 + mod.down.m.row_bytes * 2048) * top_k;
+    const auto * weights      = static_cast<const uint8_t *>(mod.gate.m.data);
+    const size_t gate_bytes   = mod.gate.m.expert_bytes * n_expert;
+    constexpr size_t n_counts = std::size(stream_counts);
 
     input in;
     in.make(1, top_k, 2048, 2);
@@ -136,19 +153,29 @@ void bench_type(const kernel_set * ks, int32_t type, int n_threads, double strea
     const moe_plan plan = make_plan(ks, mod.layer, 1, top_k, n_threads);
     scratch_buffer scratch(plan.scratch_bytes);
     std::vector<double> times;
+    std::vector<double> rates[n_counts];
     for (int i = 0; i < 160; ++i) {
         for (int k = 0; k < top_k; ++k) {
-            in.ids[static_cast<size_t>(k)] = (i * top_k + k) % n_expert;
+            in.ids[static_cast<size_t>(k)] = (i * top_k + k) * 37 % n_expert;
         }
         const double start = seconds();
         run(plan, mod.layer, in.batch(y.data()), scratch.p, n_threads);
         times.push_back(seconds() - start);
+        for (size_t s = 0; s < n_counts; ++s) {
+            const size_t part = gate_bytes / 8;
+            const size_t at   = (static_cast<size_t>(i) * n_counts + s) % 8 * part;
+            rates[s].push_back(read_rate(weights + at, part, stream_counts[s], n_threads));
+        }
     }
     const double decode = median(times);
-    printf("%-7s %-7s decode %7.1f us  %5.1f GB/s (%3.0f %% of stream)", kernel_set_name(ks), find_type(type)->name,
-           decode * 1e6, layer_bytes / decode * 1e-9, layer_bytes / decode / stream * 100.0);
+    printf("%-7s %-7s decode %7.1f us  %5.1f GB/s;  plain read", kernel_set_name(ks), find_type(type)->name,
+           decode * 1e6, layer_bytes / decode * 1e-9);
+    for (size_t s = 0; s < n_counts; ++s) {
+        const double rate = median(rates[s]);
+        printf("  x%d %.1f GB/s (%.0f %%)", stream_counts[s], rate * 1e-9, layer_bytes / decode / rate * 100.0);
+    }
 
-    printf("  cached %5.1f GB/s ", cached_bytes_per_s(ks, type, n_threads) * 1e-9);
+    printf(";  cached %5.1f GB/s ", cached_bytes_per_s(ks, type, n_threads) * 1e-9);
     // 8 experts get n tokens each
     for (const int n : {4, 6, 8, 16, 32, 256}) {
         input many;
@@ -172,21 +199,20 @@ void bench_type(const kernel_set * ks, int32_t type, int n_threads, double strea
     fflush(stdout);
 }
 
-// A layer with next to no work: what the phases and barriers cost
+// What a layer costs beside its experts: a step whose experts are all computed elsewhere, with everything but the
+// products
 void bench_fixed(const kernel_set * ks, int n_threads) {
     model mod;
-    mod.make(type_q4_0, type_q4_0, type_q4_0, 64, 64, 8, ffn_op::swiglu, 1, 0, false);
+    mod.make(type_q4_0, type_q4_0, type_q4_0, 2048, 768, 8, ffn_op::swiglu, 1, 0, false);
     input in;
-    in.make(1, 8, 64, 2);
-    for (int k = 0; k < 8; ++k) {
-        in.ids[static_cast<size_t>(k)] = k;
-    }
-    std::vector<float> y(64);
+    in.make(1, 8, 2048, 2);
+    std::fill(in.ids.begin(), in.ids.end(), -1);
+    std::vector<float> y(2048);
     const moe_plan plan = make_plan(ks, mod.layer, 1, 8, n_threads);
     scratch_buffer scratch(plan.scratch_bytes);
     std::vector<double> times;
     std::vector<double> empty;
-    for (int i = 0; i < 300; ++i) {
+    for (int i = 0; i < 1000; ++i) {
         double start = seconds();
         run(plan, mod.layer, in.batch(y.data()), scratch.p, n_threads);
         times.push_back(seconds() - start);
@@ -197,7 +223,7 @@ void bench_fixed(const kernel_set * ks, int n_threads) {
         }
         empty.push_back(seconds() - start);
     }
-    printf("%-7s layer of 8 experts of 64 x 64 %.1f us; an empty parallel region %.1f us\n", kernel_set_name(ks),
+    printf("%-7s a layer without experts to compute %.1f us; an empty parallel region %.1f us\n", kernel_set_name(ks),
            median(times) * 1e6, median(empty) * 1e6);
 }
 
@@ -213,12 +239,6 @@ int main(int argc, char ** argv) {
     }
     use_cpu_time = n_threads == 1;
     printf("load before: %.2f\n", load_average());
-    double stream = 0.0;
-    {
-        const std::vector<uint8_t> memory(size_t{1} << 30, 1);
-        stream = stream_bytes_per_s(memory, n_threads);
-    }
-    printf("stream read with %d threads: %.1f GB/s\n", n_threads, stream * 1e-9);
     bench_fixed(ks, n_threads);
     for (const int32_t type : {type_q4_0, type_q4_k, type_q8_0, type_q6_k, type_q4_1, type_q5_k, type_iq4_xs,
                                type_iq4_nl, type_mxfp4, type_bf16, type_f16, type_f32}) {
@@ -227,7 +247,7 @@ int main(int argc, char ** argv) {
             wanted = wanted || strcmp(argv[i], find_type(type)->name) == 0;
         }
         if (wanted) {
-            bench_type(ks, type, n_threads, stream);
+            bench_type(ks, type, n_threads);
         }
     }
     printf("load after: %.2f\n", load_average());
