@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from hybrimoe.native.plugin import LayerCounters, Plugin
+    from hybrimoe.placement import Placement
 
 # (address of a ggml_tensor, ask) -> bool: asked for each node before it runs whether its value is wanted, then called
 # with ask False once a wanted one is computed. See `ggml_backend_sched_eval_callback`.
@@ -33,25 +34,49 @@ class ForwardError(Exception):
 class Model:
     """A model in memory. `repack` False is llama.cpp's `--repack 0`: every weight stays as it is in the file.
 
-    `mmap` False reads the file into buffers instead of mapping it.
+    `mmap` False reads the file into buffers instead of mapping it; `host` False is `--no-host`. `backends` are modules
+    to load first (see `hybrimoe.native.backend_modules`); `placement` is llama.cpp's `-ot`, `-cmoe` and `-ncmoe`;
+    `settings` configure the plug-in.
     """
 
-    def __init__(self, path: Path | str, *, plugin: bool, repack: bool, mmap: bool = True) -> None:
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        plugin: bool,
+        repack: bool,
+        mmap: bool = True,
+        host: bool = True,
+        n_gpu_layers: int = 0,
+        placement: Placement | None = None,
+        backends: Sequence[Path | str] = (),
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         import llama_cpp
 
         self._log = _quiet_log()
+        if backends:
+            from hybrimoe.native.backend_modules import load_backend_modules
+
+            load_backend_modules(backends)
         params = llama_cpp.llama_model_default_params()
         params.use_extra_bufts = repack
-        params.n_gpu_layers = 0
+        params.no_host = not host
+        params.n_gpu_layers = n_gpu_layers
         params.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP if mmap else llama_cpp.LLAMA_LOAD_MODE_NONE
         self.plugin: Plugin | None = None
         if plugin:
             from hybrimoe.native.plugin import load_plugin
-            from hybrimoe.placement import MOE_PATTERN, override_array
 
             self.plugin = load_plugin()
+            if settings:
+                self.plugin.configure(**settings)
+        if plugin or placement is not None:
+            from hybrimoe.placement import Placement, buffer_types, override_array
+
+            rules = (placement or Placement()).rules(buffer_types(), self.plugin.buffer_type if self.plugin else None)
             # llama.cpp refers to the array for as long as the model lives.
-            self._overrides = override_array([(MOE_PATTERN, self.plugin.buffer_type)])
+            self._overrides = override_array(rules)
             params.tensor_buft_overrides = ctypes.cast(self._overrides, ctypes.c_void_p)
         self.handle = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         if not self.handle:
@@ -92,6 +117,7 @@ class Context:
         n_batch: int = 512,
         n_threads: int = 2,
         n_sequences: int = 1,
+        op_offload: bool = False,
         on_node: NodeCallback | None = None,
     ) -> None:
         import llama_cpp
@@ -101,7 +127,7 @@ class Context:
         params.n_batch = params.n_ubatch = n_batch
         params.n_threads = params.n_threads_batch = n_threads
         params.n_seq_max = n_sequences
-        params.op_offload = False
+        params.op_offload = op_offload
         if on_node is not None:
             wanted = on_node
             self._on_node = llama_cpp.ggml_backend_sched_eval_callback(lambda node, ask, _data: wanted(node, ask))
