@@ -58,3 +58,18 @@ def test_logits_against_the_default_of_llama_cpp(plain: Side, ours: Side, demo_m
     )
     assert n_same >= len(PROMPTS) * N_FORCED - 2
     check_dispatch(demo_model, got, len(PROMPTS) * N_FORCED)
+
+
+@pytest.mark.slow
+def test_perplexity_with_our_kernels(plain: Side, own: Side, demo_model: Path) -> None:
+    """On text that the demo's routers were not fitted to: within 0.5 % of llama.cpp's with its defaults."""
+    from hybrimoe.models.recipe import load_recipe
+
+    texts = list(load_recipe().texts("heldout").values())
+    values = []
+    for side in (plain, own):
+        reply = side.ask("log_probs", demo_model, texts=texts, repack=True)
+        values.append(float(np.exp(-np.concatenate(list(reply.arrays.values())).mean())))
+        print(f"{side.kind}: perplexity {values[-1]:.4f} over {sum(map(len, reply.arrays.values()))} tokens")
+    assert values[0] < 30
+    assert abs(values[1] / values[0] - 1) <= 0.005, values

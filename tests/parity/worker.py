@@ -87,6 +87,24 @@ def forced(model: Model, prompts: list[str], continuations: list[list[int]], thr
         return arrays, counted(context)
 
 
+def log_probs(model: Model, texts: list[str], n_window: int = 256, threads: int = 2) -> tuple[Arrays, Facts]:
+    """Each text's log-probabilities of its tokens, in windows that start from an empty cache."""
+    arrays: Arrays = {}
+    with Context(model, n_threads=threads) as context:
+        for index, text in enumerate(texts):
+            tokens = model.tokenize(text)
+            found = [np.zeros(0)]
+            for first in range(0, len(tokens), n_window):
+                window = tokens[first : first + n_window]
+                context.clear()
+                rows = context.forward(window, 0).astype(np.float64)
+                rows -= rows.max(axis=1, keepdims=True)
+                given = rows[np.arange(len(window) - 1), window[1:]]
+                found.append(given - np.log(np.exp(rows[:-1]).sum(axis=1)))
+            arrays[f"{index}/log_probs"] = np.concatenate(found)
+        return arrays, counted(context)
+
+
 def callback(model: Model, watch: str, n_prefill: int = 7, decode: int = 2) -> tuple[Arrays, Facts]:
     """An evaluation callback that asks for values in the middle of graphs, which llama.cpp then cuts into pieces.
 
@@ -181,7 +199,7 @@ def sequences(model: Model) -> tuple[Arrays, Facts]:
 
 
 SCENARIOS: dict[str, Callable[..., tuple[Arrays, Facts]]] = {
-    f.__name__: f for f in (logits, greedy, forced, callback, warmup, thread_counts, two_contexts, sequences)
+    f.__name__: f for f in (logits, greedy, forced, log_probs, callback, warmup, thread_counts, two_contexts, sequences)
 }
 
 
