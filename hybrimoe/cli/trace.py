@@ -31,6 +31,55 @@ def make_app() -> typer.Typer:
             print(context.get_help())
 
     @app.command(context_settings=HELP_NAMES)
+    def record(
+        model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="By default the demo model.")] = None,
+        output: Annotated[Path | None, _OUTPUT] = None,
+        prompt: Annotated[
+            list[str] | None, typer.Option("-p", "--prompt", metavar="TEXT", help="A prompt; may be repeated.")
+        ] = None,
+        file: Annotated[
+            list[Path] | None, typer.Option("-f", "--file", metavar="FILE", help="A file as prompt; may be repeated.")
+        ] = None,
+        prompts: Annotated[int | None, _PROMPTS] = None,
+        n_predict: Annotated[
+            int, typer.Option("-n", "--n-predict", metavar="N", min=-1, help="Tokens to answer.")
+        ] = 64,
+        ctx_size: Annotated[
+            int, typer.Option("-c", "--ctx-size", metavar="N", min=0, help="Context in tokens.")
+        ] = 2048,
+        ubatch_size: Annotated[
+            int, typer.Option("-ub", "--ubatch-size", metavar="N", min=1, help="Prefill step.")
+        ] = 512,
+        threads: Annotated[int | None, typer.Option("-t", "--threads", metavar="N", help="CPU threads.")] = None,
+        n_gpu_layers: Annotated[
+            int, typer.Option("-ngl", "--n-gpu-layers", metavar="N", help="Layers on the GPU, -1 for all.")
+        ] = -1,
+        temp: Annotated[float, typer.Option("--temp", metavar="T", min=0.0, help="Temperature.")] = 0.0,
+        seed: Annotated[int, typer.Option("-s", "--seed", metavar="N", help="Random seed.")] = 0,
+        conversation: Annotated[
+            bool, typer.Option("--conversation/--no-conversation", help="Prompts go through the chat template.")
+        ] = True,
+        scores: Annotated[
+            str, typer.Option("--scores", metavar="KIND", help="All router scores as f16 or f32, or none.")
+        ] = "f16",
+        lookahead: Annotated[
+            bool, typer.Option("--lookahead/--no-lookahead", help="Record what the next gates would predict.")
+        ] = True,
+        force: Annotated[bool, _FORCE] = False,
+    ) -> None:
+        """Record routing while the model answers prompts: experts, weights, all scores and look-ahead predictions.
+
+        Without -p and -f it answers a set of everyday questions. Nothing is timed.
+        """
+        texts = (prompt or [], file or [], prompts)
+        load = (ctx_size, ubatch_size, threads, n_gpu_layers)
+        finish(
+            lambda: _record(
+                model, output, texts, n_predict, load, (temp, seed), conversation, (scores, lookahead), force
+            )
+        )
+
+    @app.command(context_settings=HELP_NAMES)
     def info(
         trace: Annotated[Path, typer.Argument(metavar="TRACE", help="A trace file.")],
         as_json: Annotated[bool, _JSON] = False,
@@ -82,6 +131,72 @@ def make_app() -> typer.Typer:
         finish(lambda: _import(files, output, form, (name, n_expert, top_k, expert_bytes), force))
 
     return app
+
+
+def _record(
+    name: str | None,
+    output: Path | None,
+    texts: tuple[list[str], list[Path], int | None],
+    n_predict: int,
+    load: tuple[int, int, int | None, int],
+    sample: tuple[float, int],
+    conversation: bool,
+    what: tuple[str, bool],
+    force: bool,
+) -> None:
+    from hybrimoe.cli.console import stages
+    from hybrimoe.cli.loading import model_path
+    from hybrimoe.cli.prompt import read_text
+    from hybrimoe.engine import EngineOptions
+    from hybrimoe.generation import Sampling
+    from hybrimoe.gguf_model import inspect
+    from hybrimoe.trace.record import RecordOptions, built_in_prompts, record
+
+    if what[0] not in ("f16", "f32", "none"):
+        raise UsageError(f"--scores: '{what[0]}' is not known", "f16, f32 or none")
+    prompts = [*texts[0], *(read_text(str(path)) for path in texts[1])] or built_in_prompts()
+    prompts = prompts[: texts[2]]
+    if any(not text.strip() for text in prompts):
+        raise UsageError("a prompt is empty")
+    path = model_path(name)
+    output = output or Path(f"{path.stem}.trace")
+    if output.suffix != ".trace":
+        raise UsageError(f"'{output.name}' does not end in .trace", "give -o NAME.trace")
+    check_output(output, force)
+    model = inspect(path.absolute()).require_moe()
+    n_ctx, n_ubatch, n_threads, n_gpu_layers = load
+    options = EngineOptions(
+        n_ctx=min(n_ctx, model.n_ctx_train) if model.n_ctx_train else n_ctx,
+        n_ubatch=n_ubatch,
+        n_threads=n_threads,
+        n_gpu_layers=n_gpu_layers,
+        warmup=False,
+        plugin=False,
+    )
+    with stages() as update:
+        writer, notes = record(
+            model,
+            output,
+            prompts,
+            options,
+            sampling=Sampling(temp=sample[0], seed=sample[1]),
+            n_predict=n_predict,
+            conversation=conversation,
+            options=RecordOptions(*what),
+            source={
+                "tool": "hybrimoe trace record",
+                "prompts": len(prompts),
+                "n_predict": n_predict,
+                "temp": sample[0],
+            },
+            progress=update,
+        )
+    for text in notes:
+        warn(text)
+    note(
+        f"wrote {output}: {writer.n_tokens} tokens, {writer.n_bytes / 1e6:.1f} MB",
+        f"hybrimoe simulate {output} --html {output.stem}.html",
+    )
 
 
 def _info(path: Path, as_json: bool, with_metrics: bool, prompts: int | None, model: str | None) -> None:
