@@ -239,3 +239,8 @@ def _drm_gpus() -> list[Gpu]:
                 size = _read_int(device / "mem_info_vram_total")
                 found.append(Gpu(f"{_PCI_VENDORS[vendor]} graphics ({device.parent.name})", "vulkan", size))
     return found
+
+
+def n_numa_nodes() -> int:
+    """Memory nodes of the system; 1 where it does not tell."""
+    return max(1, len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))))

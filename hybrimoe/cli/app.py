@@ -11,7 +11,7 @@ import typer
 
 from hybrimoe.cli import options
 from hybrimoe.cli.console import show_error
-from hybrimoe.cli.flags import CHAT_COMMAND_OPTIONS, RUN_COMMAND_OPTIONS
+from hybrimoe.cli.flags import CHAT_COMMAND_OPTIONS, PLAN_COMMAND_OPTIONS, RUN_COMMAND_OPTIONS
 from hybrimoe.config import Settings
 from hybrimoe.errors import EXIT_INTERRUPTED, EXIT_OK, HybrimoeError, UsageError, from_os_error
 
@@ -42,12 +42,14 @@ def make_app() -> typer.Typer:
 
     options.command(app, "chat", _chat, CHAT_COMMAND_OPTIONS, "[MODEL]")
     options.command(app, "run", _run, RUN_COMMAND_OPTIONS, "[MODEL] [PROMPT or -]")
-    from hybrimoe.cli import doctor, models, simulate, trace
+    options.command(app, "plan", _plan, PLAN_COMMAND_OPTIONS, "[MODEL]")
+    from hybrimoe.cli import doctor, models, probe, simulate, trace
 
     app.add_typer(models.make_app(), name="models")
     app.add_typer(trace.make_app(), name="trace")
     simulate.add_to(app)
     doctor.add_to(app)
+    probe.add_to(app)
     return app
 
 
@@ -56,6 +58,10 @@ def _chat(settings: Settings, positionals: list[str]) -> int:
 
     Commands in the chat begin with a slash: /help lists them. When stdin is no terminal, each of its lines is answered.
     """
+    if settings.dry_run:
+        from hybrimoe.cli.plan import dry_run
+
+        return dry_run(settings, positionals)
     from hybrimoe.cli.chat import chat
 
     return chat(settings, positionals)
@@ -66,9 +72,23 @@ def _run(settings: Settings, positionals: list[str]) -> int:
 
     MODEL is a GGUF file or a name from 'hybrimoe models list'; without one the built-in demo model answers.
     """
+    if settings.dry_run:
+        from hybrimoe.cli.plan import dry_run
+
+        return dry_run(settings, positionals)
     from hybrimoe.cli.run import run
 
     return run(settings, positionals)
+
+
+def _plan(settings: Settings, positionals: list[str]) -> int:
+    """Say before loading whether MODEL runs, where everything goes, how fast, and what would help.
+
+    The file's header is enough: it also works before the download is complete. Exit code 4: it does not fit.
+    """
+    from hybrimoe.cli.plan import plan
+
+    return plan(settings, positionals)
 
 
 def _versions() -> str:
@@ -133,6 +153,6 @@ def _fail(error: HybrimoeError, verbose: bool) -> int:
 def _usage_error(error: Exception, arguments: Sequence[str]) -> int:
     message = error.format_message() if hasattr(error, "format_message") else str(error)
     command = next((a for a in arguments if not a.startswith("-")), "")
-    known = command in ("chat", "run", "models", "doctor", "trace", "simulate")
+    known = command in ("chat", "run", "models", "doctor", "plan", "probe", "trace", "simulate")
     hint = f"hybrimoe {command} --help" if known else "hybrimoe --help"
     return _fail(UsageError(message[:1].lower() + message[1:], hint), verbose=False)

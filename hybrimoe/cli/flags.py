@@ -276,6 +276,43 @@ OUTPUT_OPTIONS: tuple[Option, ...] = (
     ),
 )
 
-CHAT_COMMAND_OPTIONS = MODEL_OPTIONS + SAMPLING_OPTIONS + SYSTEM_OPTIONS + OUTPUT_OPTIONS
-RUN_COMMAND_OPTIONS = MODEL_OPTIONS + SAMPLING_OPTIONS + SYSTEM_OPTIONS + RUN_OPTIONS + OUTPUT_OPTIONS
+DRY_RUN_OPTIONS: tuple[Option, ...] = (
+    Option(
+        ("--dry-run",),
+        "Print what would be loaded where, how fast it would be, and end ('hybrimoe plan').",
+        False,
+        None,
+        no_flags=("--no-dry-run",),
+        section=OUTPUT,
+        in_file=False,
+    ),
+)
+
+_PLANNED = ("model", "ctx-size", "batch-size", "ubatch-size", "flash-attn", "cache-type-k", "cache-type-v")
+PLAN_COMMAND_OPTIONS: tuple[Option, ...] = (
+    *(option for option in MODEL_OPTIONS if option.key in _PLANNED),
+    Option(
+        ("--machine",),
+        "Plan for another machine: a preset's name or a machine file, with parts replaced after a colon "
+        "(rtx3060-pcie4-ddr4:vram=8GiB).",
+        metavar="PRESET",
+        unset="this one",
+        section=MODEL,
+        in_file=False,
+    ),
+    Option(
+        ("--probe",),
+        "Probe this machine where there is no calibration for it.",
+        True,
+        None,
+        no_flags=("--no-probe",),
+        section=MODEL,
+        in_file=False,
+    ),
+    Option(("--json",), "Print one JSON object.", False, None, no_flags=("--no-json",), section=OUTPUT, in_file=False),
+    *(option for option in OUTPUT_OPTIONS if option.key == "verbose"),
+)
+
+CHAT_COMMAND_OPTIONS = MODEL_OPTIONS + SAMPLING_OPTIONS + SYSTEM_OPTIONS + OUTPUT_OPTIONS + DRY_RUN_OPTIONS
+RUN_COMMAND_OPTIONS = MODEL_OPTIONS + SAMPLING_OPTIONS + SYSTEM_OPTIONS + RUN_OPTIONS + OUTPUT_OPTIONS + DRY_RUN_OPTIONS
 ALL_OPTIONS: tuple[Option, ...] = RUN_COMMAND_OPTIONS

@@ -126,11 +126,14 @@ bool cost_channel::stepped(int & first) const {
 bool cost_channel::take_step(int first) {
     double best_cost = 0.0, best_factor = 1.0;
     int best = -1;
-    int order[max_fit_params];
+    int order[max_fit_params]; // largest share first
     for (int i = 0; i < n_params_; ++i) {
-        order[i] = i;
+        int k = i;
+        for (; k > 0 && share_[order[k - 1]] < share_[i]; --k) {
+            order[k] = order[k - 1];
+        }
+        order[k] = i;
     }
-    std::sort(order, order + n_params_, [this](int a, int b) { return share_[a] > share_[b]; });
     for (int k = 0; k < n_params_; ++k) {
         const int i = order[k];
         double candidates[window];
