@@ -263,9 +263,10 @@ def _points(request: Request) -> list[Point]:
         for name in machines:
             hardware = None if name is None else open_machine(name)
             budget = None if hardware is None else hardware.budget_bytes(trace.model)
-            if hardware is not None:
-                hardware.section(trace.model)
             sizes = grid.sizes_of(request.sizes or grid.DEFAULT_SIZES, trace.model, budget)
+            if hardware is not None and not hardware.section(trace.model)["devices"]:
+                warn(f"'{name}' has no card, so nothing is cached there")
+                sizes = [("0", 0)]
             for cold in [
                 c for c, wanted in ((False, request.kept or not request.cold), (True, request.cold)) if wanted
             ]:

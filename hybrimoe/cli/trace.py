@@ -203,8 +203,7 @@ def _info(path: Path, as_json: bool, with_metrics: bool, prompts: int | None, mo
     from hybrimoe.trace import info, metrics
     from hybrimoe.trace.format import read
 
-    want = None if with_metrics or path.stat().st_size < 1 << 26 else ()
-    trace = read(path, want=want) if path.is_file() else read(path)
+    trace = read(path)
     if model is not None:
         check_model(trace, model)
     if trace.note:

@@ -19,8 +19,8 @@ def limit_us_per_token(point: Point, loaded: Loaded, gap_us: float) -> float:
     Every demanded expert is read once by the CPU or an accelerator; what even the bypassing Belady does not find in the
     cache is read from main memory, by the CPU or by a copy. So at least
         max(D / (B_gpu + B_cpu), (1 - h) D / min(B_cpu + B_link, B_dram)) + gaps,
-    D bytes of demanded experts per token, h the oracle's hit rate. Steps of several tokens read an expert once for all
-    of them and may be faster.
+    D bytes of demanded experts per token, h the oracle's hit rate over the whole trace, token by token. Where prompts
+    are computed in larger steps the oracle may do a little better in decode than that, so there this is an estimate.
     """
     assert point.machine is not None
     trace, core = loaded.trace, loaded.core

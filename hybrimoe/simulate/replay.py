@@ -71,7 +71,7 @@ class Row:
     prefetch_useful_bytes: float | None = None
     prefetch_wasted_bytes: float | None = None
     prefetch_switches: int | None = None
-    limit_ms_per_token: float | None = None
+    limit_ms_per_token: float | None = None  # of a decoded token
     of_limit: float | None = None
 
     @classmethod
@@ -130,10 +130,10 @@ def _common(point: Point, trace: TraceFile) -> dict[str, Any]:
 def _event_atomic(point: Point, loaded: Loaded) -> Row:
     trace, core = loaded.trace, loaded.core
     costs = None
-    if point.machine is not None:
+    if describe(Kind.ADMISSION, Policy.parse(point.admission).name).needs_costs:
+        if point.machine is None:
+            raise UsageError(f"--admission {point.admission} needs a machine", "--profile NAME")
         costs = machine_costs(point.machine, trace)[0]
-    elif point.admission.startswith("pays"):
-        raise UsageError("--admission pays needs a machine", "--profile NAME")
     result = replay_cache(core, point.policy, point.n_slots, cold=point.cold, admission=point.admission, costs=costs)
     belady = _belady_hits(point, loaded)
     # Loads per layer are not counted apart; layers of different sizes are moved in proportion to their misses.
@@ -352,6 +352,7 @@ def _clock_row(
     asked = int((core.experts >= 0).sum())
     rate = stats["n_hits"] / max(1, queries)
     ms = totals.total_us / n / 1e3
+    decode_ms = totals.decode_us / totals.n_decode / 1e3 if totals.n_decode else None
     limit_us = limit_us_per_token(point, loaded, gap_us)
     kinds = stats["bytes"]
     return Row(
@@ -371,7 +372,7 @@ def _clock_row(
         ms_per_token=ms,
         tokens_per_s=1e3 / ms if ms else math.nan,
         prefill_ms_per_token=totals.prefill_us / totals.n_prefill / 1e3 if totals.n_prefill else None,
-        decode_ms_per_token=totals.decode_us / totals.n_decode / 1e3 if totals.n_decode else None,
+        decode_ms_per_token=decode_ms,
         gap_us=gap_us,
         stall_ms_per_token=stats["stall_us"] / n / 1e3,
         cpu_busy=totals.cpu_us / totals.total_us,
@@ -386,5 +387,5 @@ def _clock_row(
         prefetch_wasted_bytes=stats["prefetch_wasted_bytes"],
         prefetch_switches=stats["n_prefetch_switches"],
         limit_ms_per_token=limit_us / 1e3,
-        of_limit=limit_us / 1e3 / ms if ms else math.nan,
+        of_limit=limit_us / 1e3 / decode_ms if decode_ms else None,
     )
