@@ -7,7 +7,11 @@ A ratio is formed within a round, so that a change of the machine's speed hits b
 
 Rows: stock (llama.cpp's default, which keeps a repacked copy of the weights), stock-r0 (`--repack 0`), ours (the
 plug-in, other weights as in stock), ours-r0 (the plug-in, other weights as in stock-r0), ours-ggml and ours-ggml-r0
-(the same with HYBRIMOE_CPU=ggml: experts through ggml's own kernels).
+(the same with HYBRIMOE_CPU=ggml: experts through ggml's own kernels), ours-avx2 and ours-avx2-r0 (HYBRIMOE_CPU=avx2);
+ik and ik-repack (ik_llama.cpp without and with its run-time repacking, in the interpreter that --ik-python names).
+
+For rows of the plug-in, the report also has the time of routers and experts a layer, and the bandwidth at which decode
+reads the experts' weights; native/tests/kernels/bench_kernels sets the kernels beside plain reads of memory.
 """
 
 from __future__ import annotations
@@ -39,12 +43,13 @@ N_UBATCH = 512
 
 @dataclass(frozen=True)
 class Row:
-    """One way of running a model. `cpu` is HYBRIMOE_CPU; empty means the plug-in's default."""
+    """One way of running a model. `cpu` is HYBRIMOE_CPU; empty means the plug-in's default. `ik`: by ik_llama.cpp."""
 
     name: str
     plugin: bool
     repack: bool
     cpu: str = ""
+    ik: bool = False
 
 
 ROWS = {
@@ -56,6 +61,10 @@ ROWS = {
         Row("ours-r0", plugin=True, repack=False),
         Row("ours-ggml", plugin=True, repack=True, cpu="ggml"),
         Row("ours-ggml-r0", plugin=True, repack=False, cpu="ggml"),
+        Row("ours-avx2", plugin=True, repack=True, cpu="avx2"),
+        Row("ours-avx2-r0", plugin=True, repack=False, cpu="avx2"),
+        Row("ik", plugin=False, repack=False, ik=True),
+        Row("ik-repack", plugin=False, repack=True, ik=True),
     )
 }
 
@@ -67,9 +76,8 @@ def child(options: argparse.Namespace) -> None:
     """Answers requests on stdin, one JSON object a line, until it ends."""
     import resource
 
-    from llama_forward import Context, Model
-
     row = ROWS[options.child]
+    Model, Context, features = ik_engine() if row.ik else llama_cpp_engine()
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints goes to stderr
     n_ctx = max(options.largest + N_UBATCH, 1024)
@@ -79,7 +87,7 @@ def child(options: argparse.Namespace) -> None:
             measure(context, tokens, {"test": "prefill", "n": N_PROMPT_BEFORE_DECODE})
             measure(context, tokens, {"test": "decode", "n": 4})
             delegated = sum(layer.n_blocks_delegated for layer in context.counters())
-            ready = {"ready": True, "n_blocks_delegated": delegated, "n_tokens": len(tokens)}
+            ready = {"ready": True, "n_blocks_delegated": delegated, "n_tokens": len(tokens), "features": features}
             print(json.dumps(ready), file=replies, flush=True)
             for line in sys.stdin:
                 request = json.loads(line)
@@ -88,8 +96,33 @@ def child(options: argparse.Namespace) -> None:
                     usage = resource.getrusage(resource.RUSAGE_SELF)
                     reply = {"peak_rss_bytes": usage.ru_maxrss * 1024, **status_bytes()}
                 else:
-                    reply = {"us": measure(context, tokens, request)}
+                    reply = {"us": measure(context, tokens, request), **layer_times(context)}
                 print(json.dumps(reply), file=replies, flush=True)
+
+
+def llama_cpp_engine() -> tuple[Any, Any, str]:
+    """The classes that load and run a model, and what llama.cpp says it was built for."""
+    import llama_cpp
+    from llama_forward import Context, Model
+
+    return Model, Context, llama_cpp.llama_print_system_info().decode()
+
+
+def ik_engine() -> tuple[Any, Any, str]:
+    import ik_llama_cpp
+    from ik_forward import IkContext, IkModel
+
+    return IkModel, IkContext, f"ik_llama_cpp {ik_llama_cpp.__version__}"
+
+
+def layer_times(context: Any) -> dict[str, float]:
+    """What the plug-in counted in the last test: blocks, and microseconds of a block's router and of its experts."""
+    layers = context.counters()
+    n_blocks = sum(layer.n_blocks for layer in layers)
+    if not n_blocks:
+        return {}
+    router_us = sum(layer.router_us for layer in layers) / n_blocks
+    return {"n_blocks": n_blocks, "router_us": router_us, "experts_us": sum(x.experts_us for x in layers) / n_blocks}
 
 
 def token_source(model: Any, text: Path | None, n: int) -> list[int]:
@@ -109,6 +142,7 @@ def measure(context: Any, tokens: Sequence[int], request: Mapping[str, Any]) -> 
     context.clear()
     n = int(request["n"])
     if request["test"] == "prefill":
+        context.reset_counters()
         elapsed = 0.0
         for start in range(0, n, N_UBATCH):
             chunk = tokens[start : min(start + N_UBATCH, n)]
@@ -116,6 +150,7 @@ def measure(context: Any, tokens: Sequence[int], request: Mapping[str, Any]) -> 
         return elapsed
     context.compute(tokens[:N_PROMPT_BEFORE_DECODE], 0, last_only=True)
     context.synchronize()
+    context.reset_counters()
     first = N_PROMPT_BEFORE_DECODE
     return sum(timed_us(context, [tokens[first + i]], first + i) for i in range(n))
 
@@ -145,7 +180,8 @@ class Child:
 
     def __init__(self, row: Row, options: argparse.Namespace) -> None:
         self.row = row
-        command = [sys.executable, str(Path(__file__).resolve()), str(options.model), "--child", row.name]
+        python = str(options.ik_python) if row.ik else sys.executable
+        command = [python, str(Path(__file__).resolve()), str(options.model), "--child", row.name]
         command += ["--threads", str(options.threads), "--largest", str(largest_test(options))]
         if options.text:
             command += ["--text", str(options.text)]
@@ -215,6 +251,7 @@ def measure_speed(options: argparse.Namespace) -> dict[str, Any]:
     """All rounds: per test and row the tokens per second of each round."""
     tests = [("decode", options.decode), *(("prefill", n) for n in options.prefill)]
     speeds: dict[str, dict[str, list[float]]] = {f"{t} {n}": {r: [] for r in options.rows} for t, n in tests}
+    blocks: dict[str, dict[str, list[dict[str, Any]]]] = {test: {} for test in speeds}
     rounds = []
     children: list[Child] = []
     try:
@@ -225,14 +262,17 @@ def measure_speed(options: argparse.Namespace) -> dict[str, Any]:
             rounds.append(wait_for_quiet(options))
             for kind, n in tests:
                 for one in children if number % 2 == 0 else reversed(children):
-                    us = one.ask(test=kind, n=n)["us"]
-                    speeds[f"{kind} {n}"][one.row.name].append(n / us * 1e6)
+                    reply = one.ask(test=kind, n=n)
+                    speeds[f"{kind} {n}"][one.row.name].append(n / reply.pop("us") * 1e6)
+                    if reply:
+                        blocks[f"{kind} {n}"].setdefault(one.row.name, []).append(reply)
             latest = ", ".join(f"{row} {speeds[f'decode {options.decode}'][row][-1]:.1f}" for row in options.rows)
             print(f"round {number + 1}/{options.rounds}: decode t/s {latest}", file=sys.stderr)
     finally:
         for one in children:
             one.close()
-    return {"rounds": rounds, "tokens_per_s": speeds}
+    features = {one.row.name: one.ready["features"] for one in children}
+    return {"rounds": rounds, "tokens_per_s": speeds, "blocks": blocks, "features": features}
 
 
 def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
@@ -311,6 +351,21 @@ def speed_table(report: Mapping[str, Any], rows: Sequence[str]) -> list[str]:
     return lines
 
 
+def block_lines(report: Mapping[str, Any]) -> list[str]:
+    """Router and experts of a layer, as the plug-in counted them; in decode also the experts' bytes per second."""
+    lines = []
+    for test, by_row in report["blocks"].items():
+        for row, replies in by_row.items():
+            router_us = statistics.median(reply["router_us"] for reply in replies)
+            experts_us = statistics.median(reply["experts_us"] for reply in replies)
+            line = f"{test:<14}{row:<16}a layer: router {router_us:.1f} us, experts {experts_us:.1f} us"
+            if test.startswith("decode"):
+                n_bytes = report["provenance"]["model"]["active_expert_bytes_per_layer"]
+                line += f" for {n_bytes / 1e6:.2f} MB: {n_bytes / experts_us / 1e3:.1f} GB/s"
+            lines.append(line)
+    return lines
+
+
 def memory_table(report: Mapping[str, Any]) -> list[str]:
     memory = report["memory"]
     lines = [f"{'row':<16}{'peak MiB':>10}{'anonymous':>12}{'mapped file':>14}   excess of the peak over"]
@@ -375,7 +430,14 @@ def provenance(options: argparse.Namespace, model: Any) -> dict[str, Any]:
             "system": f"{platform.system()} {platform.release()}",
             "python": platform.python_version(),
         },
-        "model": {"description": described, "experts": widths, **{k: model.to_dict()[k] for k in MODEL_KEYS}},
+        "model": {
+            "description": described,
+            "experts": widths,
+            "active_expert_bytes_per_layer": statistics.mean(
+                x.bytes_per_expert * x.n_experts_used for x in model.moe_layers
+            ),
+            **{k: model.to_dict()[k] for k in MODEL_KEYS},
+        },
     }
 
 
@@ -438,6 +500,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--peak-memory", action="store_true", help="measure peak memory instead of speed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything as JSON")
     parser.add_argument("--markdown", action="store_true", help="print rows for docs/benchmarks.md instead of a table")
+    parser.add_argument(
+        "--ik-python",
+        type=Path,
+        metavar="FILE",
+        help="a Python that has ik-llama-cpp-python",
+    )
     parser.add_argument("--child", choices=ROWS, help=argparse.SUPPRESS)
     parser.add_argument("--largest", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -446,6 +514,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.rows is None:
         names = "stock,stock-r0,ours,ours-r0" if options.peak_memory else "stock,stock-r0,ours"
         options.rows = row_names(names)
+    if any(ROWS[name].ik for name in options.rows) and not options.ik_python:
+        parser.error("rows of ik_llama.cpp need --ik-python FILE")
     return options
 
 
@@ -476,7 +546,10 @@ def run(options: argparse.Namespace) -> None:
     print(f"llama-cpp-python {origin['llama_cpp_python']}, commit {origin['commit']}, {origin['date']}")
     print(origin["command"])
     print()
-    print("\n".join(memory_table(report) if options.peak_memory else speed_table(report, options.rows)))
+    if options.peak_memory:
+        print("\n".join(memory_table(report)))
+    else:
+        print("\n".join([*speed_table(report, options.rows), *block_lines(report)]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

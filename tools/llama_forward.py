@@ -199,6 +199,10 @@ class Context:
         """The plug-in's counters of this context; empty without the plug-in."""
         return self.model.plugin.counters(self.instance) if self.model.plugin else []
 
+    def reset_counters(self) -> None:
+        if self.model.plugin:
+            self.model.plugin.reset_counters(self.instance)
+
     def n_nodes_delegated(self) -> int:
         return self.model.plugin.n_nodes_delegated(self.instance) if self.model.plugin else 0
 

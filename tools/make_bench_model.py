@@ -61,6 +61,11 @@ PRESETS = {
         "mixtral",
         Shape(n_layers=2, n_embd=4096, n_ff=14336, n_experts=8, top_k=2, n_head=32, n_head_kv=8, head_dim=128),
     ),
+    # No known model: next to no weights, so that what remains is the fixed cost of a layer.
+    "fixed-cost": Preset(
+        "qwen3moe",
+        Shape(n_layers=48, n_embd=256, n_ff=32, n_experts=8, top_k=2, n_head=4, n_head_kv=2, head_dim=64),
+    ),
 }  # fmt: skip
 
 

@@ -45,6 +45,13 @@ def test_speed(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     assert list(speeds) == ["decode 3", "prefill 5", "prefill 600"]
     assert all(len(values) == 2 and min(values) > 0 for test in speeds.values() for values in test.values())
     assert len(report["rounds"]) == 2
+    # What the plug-in counted: every round, the decode steps alone, in every layer.
+    n_layers = report["provenance"]["model"]["n_layers"]
+    assert [reply["n_blocks"] for reply in report["blocks"]["decode 3"]["ours-r0"]] == [3 * n_layers] * 2
+    assert all(r["experts_us"] > 0 for replies in report["blocks"]["prefill 5"].values() for r in replies)
+    assert set(report["features"]) == set(rows.split(","))
+    assert report["provenance"]["model"]["active_expert_bytes_per_layer"] == 4 * 3 * 256 * 256 * 18 // 32
+    assert "GB/s" in result.stdout
     origin = report["provenance"]
     assert origin["commit"] and origin["machine"]["cpu"] and origin["model"]["n_experts"] == 16
     assert all(row in result.stdout for row in rows.split(","))
@@ -67,6 +74,7 @@ def test_peak_memory(tiny_model: Callable[..., Path]) -> None:
         (["missing.gguf"], 3),
         (["missing.gguf", "--rounds", "0"], 2),
         (["missing.gguf", "--rows", "mine"], 2),
+        (["missing.gguf", "--rows", "ours,ik"], 2),
         (["missing.gguf", "--prefill", "many"], 2),
         ([bench_cpu.__file__], 3),
     ],
