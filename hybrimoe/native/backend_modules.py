@@ -79,6 +79,27 @@ def device_names(ggml: ctypes.CDLL | None = None) -> list[str]:
     return [ggml.ggml_backend_dev_name(ggml.ggml_backend_dev_get(i)).decode("utf-8", "replace") for i in range(count)]
 
 
+def device_memory(name: str) -> tuple[int, int]:
+    """(free, total) bytes of a device as its driver reports them. Raises PluginError for an unknown device."""
+    from hybrimoe.native.plugin import ggml_library
+
+    ggml = ggml_library()
+    names = device_names(ggml)
+    if name not in names:
+        raise PluginError(f"there is no device '{name}'", f"known are: {', '.join(names)}")
+    # void ggml_backend_dev_memory(ggml_backend_dev_t device, size_t * free, size_t * total)
+    ggml.ggml_backend_dev_memory.argtypes = [
+        ctypes.c_void_p,
+        ctypes.POINTER(ctypes.c_size_t),
+        ctypes.POINTER(ctypes.c_size_t),
+    ]
+    ggml.ggml_backend_dev_memory.restype = None
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    device = ggml.ggml_backend_dev_get(names.index(name))
+    ggml.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
+    return free.value, total.value
+
+
 def _open_with_dependencies(path: Path) -> None:
     """Open a library for good, and before it what it needs of the CUDA libraries that pip has installed.
 

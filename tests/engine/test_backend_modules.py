@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hybrimoe.errors import PluginError, render
-from hybrimoe.native.backend_modules import backend_module_paths, device_names, load_backend_modules
+from hybrimoe.native.backend_modules import backend_module_paths, device_memory, device_names, load_backend_modules
 
 
 def test_paths_come_from_the_environment() -> None:
@@ -25,6 +25,13 @@ def test_nothing_to_load() -> None:
     assert load_backend_modules([]) == ()
     assert device_names() == before
     assert "CPU" in before
+
+
+def test_memory_of_a_device() -> None:
+    free, total = device_memory("CPU")
+    assert 0 < free <= total
+    with pytest.raises(PluginError, match="no device 'CUDA7'"):
+        device_memory("CUDA7")
 
 
 def refusal(path: Path) -> str:

@@ -1,0 +1,88 @@
+"""A measured process: started with a command, asked with one JSON object a line, answering likewise."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from hybrimoe.errors import HybrimoeError
+
+
+class WorkerFailedError(HybrimoeError):
+    """A measured process ended, hung, or could not do what it was asked for: `reason`."""
+
+    def __init__(self, name: str, reason: str, hint: str = "") -> None:
+        super().__init__(f"the row '{name}' failed: {reason}", hint)
+        self.reason = reason
+
+
+class WorkerProcess:
+    """A running worker; its first reply is `ready`. `give_up_s` ends one that does not answer (a hung driver).
+
+    Raises WorkerFailedError when it ends instead of answering.
+    """
+
+    def __init__(
+        self, name: str, command: Sequence[str], environment: Mapping[str, str], give_up_s: float = 900.0
+    ) -> None:
+        self.name = name
+        self._give_up_s = give_up_s
+        self._process = subprocess.Popen(
+            list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=dict(environment), text=True
+        )
+        try:
+            self.ready = self._read()
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # reading tells how it ended
+        return self._read()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        timer = threading.Timer(self._give_up_s, self._process.kill)
+        timer.start()
+        try:
+            line = self._process.stdout.readline()
+        finally:
+            timer.cancel()
+        if not line:
+            status = self._process.wait()
+            raise WorkerFailedError(self.name, f"its process ended with status {status}", "see its messages above")
+        reply: dict[str, Any] = json.loads(line)
+        if "error" in reply:
+            raise WorkerFailedError(self.name, str(reply["error"]), str(reply.get("hint", "")))
+        return reply
+
+    def close(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            if self._process.stdin is not None:
+                self._process.stdin.close()
+        try:
+            self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+
+    def __enter__(self) -> WorkerProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
