@@ -136,9 +136,14 @@ class Calibration:
         """Multiplications of large batches where the dense weights are."""
         best = self._best()
         n_tokens, us = best["points"][-1]
-        return 3.0 * best["shape"]["n_embd"] * best["shape"]["n_ff"] * n_tokens / us
+        return float(3 * best["shape"]["n_embd"] * best["shape"]["n_ff"] * n_tokens / us)
+
+    def node_us(self) -> float:
+        """What one small node of a decode graph takes on the CPU; 0 where a card computes them."""
+        return 0.0 if self.devices else float(self._best()["node_us"])
 
     def step_us(self) -> float:
+        """Fixed cost of a batch of experts."""
         return float(self._best()["step_us"])
 
     def save(self, path: Path) -> None:

@@ -32,6 +32,7 @@ _MIB = 1 << 20
 # Lines of the pinned llama.cpp: src/llama-kv-cache.cpp, llama-memory-recurrent.cpp, llama-context.cpp.
 _MEMORY_SIZE = re.compile(r"^(llama_kv_cache\w*|llama_memory_recurrent): size = +([\d.]+) MiB")
 _COMPUTE_SIZE = re.compile(r"^\w+: +(\S+) compute buffer size = +([\d.]+) MiB")
+_GRAPH_NODES = re.compile(r"^sched_reserve: graph.*: nodes = (\d+)(?: / (\d+))?")
 _OUTPUT_SIZE = re.compile(r"^\w+: +(\S+) +output buffer size = +([\d.]+) MiB")
 
 
@@ -58,6 +59,7 @@ class Buffers:
     output_bytes: int
     compute_bytes: Mapping[str, int] = field(default_factory=dict)
     swa_full: bool = True
+    n_graph_nodes: int = 0
 
     @property
     def memory_bytes(self) -> int:
@@ -177,6 +179,7 @@ def _reason(text: list[str]) -> str:
 
 def _sizes(text: list[str]) -> dict[str, Any]:
     kv = recurrent = output = 0.0
+    n_nodes = 0
     compute: dict[str, int] = {}
     for line in "".join(text).splitlines():
         if match := _MEMORY_SIZE.match(line):
@@ -189,11 +192,14 @@ def _sizes(text: list[str]) -> dict[str, Any]:
             compute[match[1]] = int(float(match[2]) * _MIB)
         elif match := _OUTPUT_SIZE.match(line):
             output += float(match[2])
+        elif match := _GRAPH_NODES.match(line):
+            n_nodes = int(match[2] or match[1])  # prompt / token
     return {
         "kv_bytes": int(kv * _MIB),
         "recurrent_bytes": int(recurrent * _MIB),
         "output_bytes": int(output * _MIB),
         "compute_bytes": compute,
+        "n_graph_nodes": n_nodes,
     }
 
 

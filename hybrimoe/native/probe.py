@@ -36,7 +36,7 @@ class _ShapeC(ct.Structure):
 
 @dataclass(frozen=True)
 class FfnShape:
-    """One gated expert: gate and up [n_embd, n_ff], down [n_ff, n_embd]; types by ggml's numbers, `op` a ggml_glu_op."""
+    """One gated expert: gate and up [n_embd, n_ff], down [n_ff, n_embd]; types are ggml's numbers, `op` its glu op."""
 
     n_embd: int
     n_ff: int
@@ -55,6 +55,7 @@ _PROTOTYPES: dict[str, tuple[object, tuple[object, ...]]] = {
     "hybrimoe_cpu_probe_open": (ct.c_int, (_shape, ct.POINTER(_handle), *_error)),
     "hybrimoe_cpu_probe_close": (None, (_handle,)),
     "hybrimoe_cpu_probe_run": (ct.c_int, (_handle, *(ct.c_int32,) * 4, _f64p, *_error)),
+    "hybrimoe_cpu_probe_nodes": (ct.c_int, (_handle, *(ct.c_int32,) * 3, _f64p, *_error)),
     "hybrimoe_probe_read": (ct.c_int, (ct.c_int32, ct.c_size_t, ct.c_double, _f64p, *_error)),
     "hybrimoe_device_probe_open": (ct.c_int, (ct.c_int32, _shape, ct.POINTER(_handle), *_error)),
     "hybrimoe_device_probe_close": (None, (_handle,)),
@@ -129,6 +130,13 @@ class CpuProbe(_Probe):
         """Microseconds of batches of `n_active` experts (0: nothing but the fixed cost) with `n_tokens` each."""
         us = (ct.c_double * n_runs)()
         _call(self._library.hybrimoe_cpu_probe_run, self._handle, n_active, n_tokens, n_threads, n_runs, us)
+        return list(us)
+
+
+    def nodes(self, n_nodes: int, n_threads: int, n_runs: int) -> list[float]:
+        """Microseconds of graphs of `n_nodes` small operations."""
+        us = (ct.c_double * n_runs)()
+        _call(self._library.hybrimoe_cpu_probe_nodes, self._handle, n_nodes, n_threads, n_runs, us)
         return list(us)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hybrimoe.calibration import Calibration
     from hybrimoe.gguf_model import GgufModel
     from hybrimoe.profiles import Machine
 
@@ -33,6 +34,7 @@ class PlanMachine:
     step_us: float
     costs_of: Callable[[GgufModel], Mapping[str, Any] | None]
     measured: bool = False
+    node_us: float = 0.0  # of a small node of the decode graph, where it is not part of step_us
 
     @property
     def has_gpu(self) -> bool:
@@ -55,24 +57,33 @@ class PlanMachine:
         )
 
     @classmethod
-    def here(cls, calibration: Any | None = None) -> PlanMachine:
-        """This machine. `calibration` is a `hybrimoe.calibration.Calibration`; without one no speed is predicted."""
+    def here(cls, calibration: Calibration | None = None) -> PlanMachine:
+        """This machine; without a calibration no speed is predicted."""
         from hybrimoe import machine
 
-        memory = machine.memory()
         cards = local_cards()
-        known = calibration is not None
-        return cls(
+        bare = cls(
             name="this machine",
-            source=calibration.describe() if known else "not probed",
-            ram_bytes=memory.available_bytes,
+            source="not probed",
+            ram_bytes=machine.memory().available_bytes,
             vram_bytes=tuple(n_bytes for _, n_bytes in cards),
             gpu_name=cards[0][0] if cards else "",
-            dense_bytes_per_us=calibration.dense_bytes_per_us() if known else 0.0,
-            dense_macs_per_us=calibration.dense_macs_per_us() if known else 0.0,
-            step_us=calibration.step_us() if known else 0.0,
-            costs_of=calibration.cost_section if known else lambda _: None,
-            measured=known,
+            dense_bytes_per_us=0.0,
+            dense_macs_per_us=0.0,
+            step_us=0.0,
+            costs_of=lambda _: None,
+        )
+        if calibration is None:
+            return bare
+        return replace(
+            bare,
+            source=calibration.describe(),
+            dense_bytes_per_us=calibration.dense_bytes_per_us(),
+            dense_macs_per_us=calibration.dense_macs_per_us(),
+            step_us=calibration.step_us(),
+            node_us=calibration.node_us(),
+            costs_of=calibration.cost_section,
+            measured=True,
         )
 
 
@@ -84,9 +95,8 @@ def local_cards() -> list[tuple[str, int]]:
 
     ggml = ggml_library()
     # void ggml_backend_dev_memory(ggml_backend_dev_t device, size_t * free, size_t * total)
-    ggml.ggml_backend_dev_memory.argtypes = [ctypes.c_void_p, ctypes.POINTER(ctypes.c_size_t)] + [
-        ctypes.POINTER(ctypes.c_size_t)
-    ]
+    size_p = ctypes.POINTER(ctypes.c_size_t)
+    ggml.ggml_backend_dev_memory.argtypes = [ctypes.c_void_p, size_p, size_p]
     ggml.ggml_backend_dev_memory.restype = None
     cards = []
     for index in range(ggml.ggml_backend_dev_count()):

@@ -2,8 +2,8 @@
 
 One token, and one batch of a prompt, are planned layer by layer as the engine would. What no header tells is how often
 a slot holds the expert that is asked for. Bounds: with uniform routing a cache holding the share f of the experts hits
-f of the queries; skewed routing is taken as 1 - (1 - f)^2, near the replays of real traces in this project (25 % cached:
-36-53 %, 75 %: 83 %). The expectation is the middle of both.
+f of the queries; skewed routing is taken as 1 - (1 - f)^2, near what HybriMoE's sec. V reports (25 % cached: 36-53 %,
+75 %: 83 % of the queries hit). The expectation is the middle of both.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybrimoe.native.core import CPU, Costs, Scheduler, WorkItem
 from hybrimoe.planning.machines import PlanMachine, moe_layers
-from hybrimoe.planning.memory import MemoryPlan, Needs, Setting
+from hybrimoe.planning.memory import Needs, Setting
 
 if TYPE_CHECKING:
     from hybrimoe.gguf_model import GgufModel
@@ -103,6 +103,7 @@ class SpeedModel:
         needs, machine = self.needs, self.machine
         kv_read = needs.kv_bytes * min(1.0, _USED_CTX / max(1, self.setting.n_ctx))
         us = (needs.dense_bytes + kv_read) / machine.dense_bytes_per_us + len(self.layers) * machine.step_us
+        us += needs.buffers.n_graph_nodes * machine.node_us
         time.add(us, {"GPU" if machine.has_gpu else "DRAM": us}, experts=False)
 
     def _decode(self, n_slots: Sequence[int], skew: float, stock: bool) -> _Time:

@@ -10,7 +10,6 @@ from hybrimoe.native.core_calibration import Fit, fit_costs
 
 # A typical error beyond this says that the machine was busy, or that the model of its cost is wrong.
 MOST_MEDIAN_ERROR = 0.25
-_KEPT_QUANTILE = 0.9
 
 
 class BadFitError(ValueError):
@@ -92,6 +91,8 @@ def fit_all(samples: Mapping[str, Any]) -> dict[str, Any]:
         for n in threads:
             mine = [s for s in one["samples"] if s["n_threads"] == n]
             by_threads[str(n)] = fit_experts(mine, f"experts on {n} CPU threads")
+            times = [us / s["n_nodes"] for s in one["nodes"] if s["n_threads"] == n for us in s["us"]]
+            by_threads[str(n)]["node_us"] = statistics.median(times)
         cpu.append({"shape": one["shape"], "by_threads": by_threads})
     devices = []
     for one in samples["devices"]:

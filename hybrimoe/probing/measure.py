@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ _QUICK_TOKENS = (1, 2, 4, 16, 64)
 _FULL_TOKENS = (1, 2, 3, 4, 8, 16, 32, 64, 128, 256)
 _ACTIVE = (1, 2, 4, 8)
 _BATCH_ACTIVE = 4
+_NODES = 256
+_ROUNDS = 4
 _COPY_BYTES = tuple(1 << k for k in range(12, 27, 2))
 _DISK_BYTES = 256 << 20
 
@@ -121,12 +124,24 @@ def _n_experts(shape: FfnShape, room: int) -> int:
     return int(min(256, max(2 * max(_ACTIVE), room // expert_bytes(shape))))
 
 
-def _timed(run: Callable[[int], list[float]], seconds: float) -> list[float]:
-    """Single runs for about `seconds`, at least three after one to warm up."""
-    run(1)
-    first = run(1)[0]
-    n_runs = int(max(3, min(200, seconds * 1e6 / max(first, 1.0))))
-    return run(n_runs)
+_Run = Callable[[int], list[float]]
+
+
+def _timed(runs: Sequence[_Run], seconds: float) -> list[list[float]]:
+    """Single runs of every job, all together for about `seconds`, at least four each.
+
+    In rounds over all jobs: what disturbs the machine for a moment then touches a part of each, not all of one.
+    """
+    times: list[list[float]] = [[] for _ in runs]
+    each = []
+    for run in runs:
+        run(1)  # warms up
+        share = seconds / len(runs) / _ROUNDS
+        each.append(int(max(1, min(50, share * 1e6 / max(run(1)[0], 1.0)))))
+    for _ in range(_ROUNDS):
+        for run, n, kept in zip(runs, each, times, strict=True):
+            kept += run(n)
+    return times
 
 
 def _cpu(shape: FfnShape, request: Request, room: int, seconds: float) -> dict[str, Any]:
@@ -141,12 +156,11 @@ def _cpu(shape: FfnShape, request: Request, room: int, seconds: float) -> dict[s
             if last:
                 batches += [(_BATCH_ACTIVE, t) for t in tokens if t > 1]
             share = seconds * (0.5 if last and len(request.n_threads) > 1 else 0.5 / max(1, len(request.n_threads) - 1))
-            for n_active, n_tokens in batches:
-                us = _timed(
-                    lambda n, a=n_active, t=n_tokens, th=n_threads: probe.run(a, t, th, n), share / len(batches)
-                )
+            all_us = _timed([partial(probe.run, a, t, n_threads) for a, t in batches], share)
+            for (n_active, n_tokens), us in zip(batches, all_us, strict=True):
                 samples.append({"n_threads": n_threads, "n_active": n_active, "n_tokens": n_tokens, "us": us})
-    return {"n_experts": n_experts, "samples": samples}
+        nodes = [{"n_threads": n, "n_nodes": _NODES, "us": probe.nodes(_NODES, n, 20)} for n in request.n_threads]
+    return {"n_experts": n_experts, "samples": samples, "nodes": nodes}
 
 
 def _device(device: int, request: Request, room: int, seconds: float) -> dict[str, Any]:
@@ -160,25 +174,17 @@ def _device(device: int, request: Request, room: int, seconds: float) -> dict[st
                 rates = probe.together(request.n_threads[-1], room, 0.1 * seconds)
                 out["together"] = {"read_bytes_per_us": rates[0], "copy_bytes_per_us": rates[1]}
             batches = [*((a, 1) for a in _ACTIVE), *((_BATCH_ACTIVE, t) for t in tokens if t > 1)]
-            samples = [
-                {
-                    "n_active": a,
-                    "n_tokens": t,
-                    "us": _timed(lambda n, a=a, t=t: probe.run(a, t, n), 0.5 * seconds / len(batches)),
-                }
-                for a, t in batches
-            ]
+            all_us = _timed([partial(probe.run, a, t) for a, t in batches], 0.5 * seconds)
+            samples = [{"n_active": a, "n_tokens": t, "us": us} for (a, t), us in zip(batches, all_us, strict=True)]
             out["experts"].append({"shape": asdict(shape), "samples": samples})
     return out
 
 
 def _copies(probe: DeviceProbe, out: dict[str, Any], most_bytes: int, seconds: float) -> None:
-    kinds = [kind for kind in CopyKind if probe.has(kind)]
-    sizes = [n for n in _COPY_BYTES if n <= most_bytes]
-    for kind in kinds:
-        for n_bytes in sizes:
-            us = _timed(lambda n, k=kind, b=n_bytes: probe.copy(k, b, n), seconds / max(1, len(kinds) * len(sizes)))
-            out["copies"].append({"kind": kind.name.lower(), "n_bytes": n_bytes, "us": us})
+    jobs = [(kind, n) for kind in CopyKind if probe.has(kind) for n in _COPY_BYTES if n <= most_bytes]
+    all_us = _timed([partial(probe.copy, kind, n) for kind, n in jobs], seconds)
+    for (kind, n_bytes), us in zip(jobs, all_us, strict=True):
+        out["copies"].append({"kind": kind.name.lower(), "n_bytes": n_bytes, "us": us})
 
 
 def _disk(path: Path, seconds: float) -> dict[str, Any] | None:

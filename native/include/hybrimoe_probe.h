@@ -30,6 +30,10 @@ HYBRIMOE_API int hybrimoe_cpu_probe_run(hybrimoe_cpu_probe * probe, int32_t n_ac
                                         int32_t n_threads, int32_t n_runs, double * us, char * error,
                                         size_t error_size);
 
+// A graph of n_nodes small row operations of n_embd values: what ggml's team pays for every node of a decode step.
+HYBRIMOE_API int hybrimoe_cpu_probe_nodes(hybrimoe_cpu_probe * probe, int32_t n_nodes, int32_t n_threads,
+                                          int32_t n_runs, double * us, char * error, size_t error_size);
+
 // What n_threads read per microsecond from main memory, from a buffer of n_bytes, in about `seconds`.
 HYBRIMOE_API int hybrimoe_probe_read(int32_t n_threads, size_t n_bytes, double seconds, double * bytes_per_us,
                                      char * error, size_t error_size);

@@ -12,9 +12,10 @@ namespace hybrimoe::probe {
 
 namespace {
 
-constexpr int max_tokens    = 4096;
-constexpr size_t alignment  = 64;
-constexpr int max_n_experts = 1024;
+constexpr int max_tokens          = 4096;
+constexpr size_t alignment        = 64;
+constexpr int max_n_experts       = 1024;
+constexpr size_t least_read_bytes = size_t{1} << 18; // of a thread
 
 kernels::expert_matrix matrix_of(const std::vector<uint8_t> & data, int32_t type, int64_t n_in, int64_t n_out) {
     kernels::expert_matrix m;
@@ -134,6 +135,35 @@ void cpu_probe::run(int n_active, int n_tokens, int n_threads, int n_runs, doubl
     }
 }
 
+void cpu_probe::run_nodes(int n_nodes, int n_threads, int n_runs, double * us) {
+    if (n_nodes < 1 || n_nodes > max_tokens || n_threads < 1 || n_runs < 1) {
+        throw std::invalid_argument("the nodes to probe are out of range");
+    }
+    const auto n_embd = static_cast<size_t>(layer_.n_embd);
+    ggml_init_params params{};
+    params.mem_size = static_cast<size_t>(n_nodes + 1) * (ggml_tensor_overhead() + n_embd * sizeof(float) + alignment);
+    const std::unique_ptr<ggml_context, void (*)(ggml_context *)> tensors(ggml_init(params), ggml_free);
+    if (tensors == nullptr) {
+        throw std::bad_alloc();
+    }
+    ggml_tensor * last = ggml_new_tensor_1d(tensors.get(), GGML_TYPE_F32, layer_.n_embd);
+    std::fill_n(static_cast<float *>(last->data), n_embd, 1.0f);
+    std::vector<ggml_tensor *> nodes;
+    for (int i = 0; i < n_nodes; ++i) {
+        // Norms and sums alternate, as they do between the matrix products of a layer.
+        last = i % 2 == 0 ? ggml_rms_norm(tensors.get(), last, 1e-5f) : ggml_add(tensors.get(), last, last);
+        last->flags |= GGML_TENSOR_FLAG_COMPUTE;
+        nodes.push_back(last);
+    }
+    for (int i = 0; i < n_runs; ++i) {
+        const double start = now_us();
+        if (cpu_.run(nodes.data(), n_nodes, n_threads) != GGML_STATUS_SUCCESS) {
+            throw std::runtime_error("ggml's CPU backend could not compute");
+        }
+        us[i] = now_us() - start;
+    }
+}
+
 struct reader_team::threads {
     std::vector<std::thread> all;
     std::atomic<int> state{0}; // 0 wait, 1 read, 2 leave
@@ -142,24 +172,35 @@ struct reader_team::threads {
 };
 
 reader_team::reader_team(int n_threads, size_t n_bytes)
-    : n_threads_(n_threads), memory_(n_bytes / sizeof(uint64_t), 1), threads_(new threads) {
+    : n_threads_(n_threads),
+      memory_(std::max(n_bytes, static_cast<size_t>(n_threads) * least_read_bytes) / sizeof(uint64_t), 1),
+      threads_(new threads) {
     const size_t slice = memory_.size() / static_cast<size_t>(n_threads);
     for (int i = 0; i < n_threads; ++i) {
         const uint64_t * begin = memory_.data() + static_cast<size_t>(i) * slice;
         threads_->all.emplace_back([this, begin, slice]() {
-            constexpr size_t chunk = 1 << 14; // words
+            // Several streams a thread: some cores leave a third of the bandwidth unused with one.
+            constexpr size_t n_streams = 4, line = 8, chunk = 512 * line; // words
+            const size_t stream = slice / n_streams / chunk * chunk;
             while (threads_->state.load(std::memory_order_acquire) == 0) {
                 std::this_thread::yield();
             }
             for (size_t at = 0; threads_->state.load(std::memory_order_relaxed) == 1;
-                 at        = at + chunk < slice ? at + chunk : 0) {
-                const size_t end = std::min(at + chunk, slice);
-                uint64_t sum     = 0;
-                for (size_t k = at; k < end; ++k) {
-                    sum += begin[k];
+                 at        = at + chunk < stream ? at + chunk : 0) {
+                uint64_t sum = 0;
+                for (size_t k = at; k < at + chunk; k += line) {
+                    for (size_t s = 0; s < n_streams; ++s) {
+                        const uint64_t * words = begin + s * stream + k;
+#if defined(__GNUC__)
+                        __builtin_prefetch(words + 32 * line);
+#endif
+                        for (size_t w = 0; w < line; ++w) {
+                            sum += words[w];
+                        }
+                    }
                 }
                 threads_->sum.fetch_add(sum, std::memory_order_relaxed);
-                threads_->n_bytes.fetch_add((end - at) * sizeof(uint64_t), std::memory_order_relaxed);
+                threads_->n_bytes.fetch_add(n_streams * chunk * sizeof(uint64_t), std::memory_order_relaxed);
             }
         });
     }
