@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,48 +16,68 @@ def share(part: float | None, whole: float) -> float | None:
     return None if part is None or whole <= 0 else part / whole
 
 
-def rate_us(counters: Counters, time: str, count: float) -> float:
-    """Microseconds each; infinite where nothing of the kind was done or its time is not known."""
-    return counters[time] / count if count > 0 and counters.get(time) else math.inf
+def blocks_us(counters: Counters) -> float:
+    """Time in MoE blocks; planning and waiting lie within."""
+    return sum(counters.get(name, 0.0) for name in ("router_us", "experts_us", "merge_us"))
 
 
-def figures(reply: Mapping[str, Any], expert_bytes: float, host_bytes_per_s: float | None) -> dict[str, float | None]:
-    """What one measured test of one of our rows says beyond its speed; None: this plug-in does not count it.
+def limit_us(counters: Counters, state: Mapping[str, Any]) -> float | None:
+    """The least time that CPU, GPU and link need for a decode step's experts in one layer, at the plug-in's own costs.
 
-    `limit_share`: the least time that CPU, GPU and link would need for this step's experts at the cost per expert that
-    each showed (see `least_step_us`), over the time that the blocks took. `host_share`: bytes of experts that the CPU
+    Costs are those of one expert for one token on the first device; None before they are known.
+    """
+    device: Mapping[str, float] = next(iter(state.get("devices", [])), {})
+    costs = (state.get("cpu_expert_us"), device.get("gpu_expert_us"), device.get("copy_expert_us"))
+    n_steps = counters.get("n_steps", 0)
+    n_experts = counters.get("n_experts_cpu", 0) + counters.get("n_experts_gpu", 0)
+    if not n_steps or not n_experts or any(cost is None for cost in costs):
+        return None
+    cpu_us, gpu_us, copy_us = (float(cost) for cost in costs if cost is not None)
+    return least_step_us(n_experts / n_steps, counters.get("n_hits", 0) / n_steps, cpu_us, gpu_us, copy_us)
+
+
+def figures(
+    reply: Mapping[str, Any], expert_bytes: float, host_bytes_per_s: float | None, *, is_decode: bool
+) -> dict[str, float | None]:
+    """What one measured test of one of our rows says beyond its speed; None: not known.
+
+    `gpu_busy` is from the cost per expert that the plug-in goes by, since ggml's interface tells no device times.
+    `limit_share`: `limit_us` over the time that blocks took, in decode. `host_share`: bytes of experts that the CPU
     read and the link carried, over what the host's memory could have delivered in the whole time.
     """
     counters: Counters = reply.get("counters", {})
+    state: Mapping[str, Any] = reply.get("state", {})
     us = float(reply["us"])
     lookups = counters.get("n_hits", 0) + counters.get("n_misses", 0)
-    n_steps = counters.get("n_steps", 0)
-    n_cpu, n_gpu = counters.get("n_experts_cpu", 0), counters.get("n_experts_gpu", 0)
+    n_steps, n_cpu = counters.get("n_steps", 0), counters.get("n_experts_cpu", 0)
     moved = counters.get("h2d_bytes")
-    cpu_time = "cpu_us" if "cpu_us" in counters else "experts_us"
-    blocks_us = sum(counters.get(name, 0.0) for name in ("router_us", "experts_us", "merge_us", "plan_us", "wait_us"))
-    limit = None
-    if n_steps and n_cpu + n_gpu and blocks_us:
-        limit_us = least_step_us(
-            (n_cpu + n_gpu) / n_steps,
-            counters.get("n_hits", 0) / n_steps,
-            rate_us(counters, cpu_time, n_cpu),
-            rate_us(counters, "gpu_us", n_gpu),
-            rate_us(counters, "copy_us", (moved or 0) / expert_bytes if expert_bytes else 0),
-        )
-        limit = limit_us * n_steps / blocks_us if math.isfinite(limit_us) else None
+    device: Mapping[str, float] = next(iter(state.get("devices", [])), {})
+    gpu = None
+    if is_decode and device.get("gpu_expert_us") is not None:
+        gpu = counters.get("n_experts_gpu", 0) * device["gpu_expert_us"] + n_steps * device.get("step_us", 0.0)
+    waiting = counters.get("plan_us", 0.0) + counters.get("wait_us", 0.0)
+    limit = limit_us(counters, state) if is_decode else None
     host = None
     if host_bytes_per_s and moved is not None:
         host = (n_cpu * expert_bytes + moved) / (us * 1e-6) / host_bytes_per_s
     return {
         "hit_rate": counters.get("n_hits", 0) / lookups if lookups else None,
-        "cpu_busy": share(counters.get(cpu_time), us),
-        "gpu_busy": share(counters.get("gpu_us"), us),
-        "link_busy": share(counters.get("copy_us"), us),
+        "cpu_busy": share(counters["experts_us"] - waiting if "experts_us" in counters else None, us),
+        "gpu_busy": share(gpu, us),
+        "link_busy": share(reply.get("copy_busy_us"), us),
         "h2d_bytes_per_s": None if moved is None else moved / (us * 1e-6),
-        "limit_share": limit,
+        "limit_share": limit * n_steps / blocks_us(counters) if limit is not None and blocks_us(counters) else None,
         "host_share": host,
+        "plan_us": counters["plan_us"] / n_steps if n_steps and "plan_us" in counters else None,
     }
+
+
+def stock_estimate_us(reply: Mapping[str, Any], n_tokens: float) -> float | None:
+    """Plain llama.cpp's time per decoded token by the guard's floor: its estimate of the experts, and our own rest."""
+    floor = reply.get("state", {}).get("guard", {}).get("floor_us")
+    if floor is None or not reply.get("counters"):
+        return None
+    return float(floor) + (float(reply["us"]) - blocks_us(reply["counters"])) / n_tokens
 
 
 def speeds(stage: Mapping[str, Any]) -> dict[str, dict[str, list[float | None]]]:
@@ -99,11 +118,13 @@ def summarise_stage(
             }
             if kinds[name] == "ours":
                 replies = [one["rows"][name][test] for one in stage["rounds"] if test in one["rows"].get(name, {})]
-                each = [figures(reply, expert_bytes, host_bytes_per_s) for reply in replies]
+                decode = test.startswith("decode")
+                each = [figures(reply, expert_bytes, host_bytes_per_s, is_decode=decode) for reply in replies]
                 entry["figures"] = {key: typical([f[key] for f in each]) for key in each[0]}
-                guards = [reply["guard"] for reply in replies if reply.get("guard")]
-                if guards:
-                    entry["guard"] = guards[-1]
+                entry["guard_levels"] = [r.get("state", {}).get("guard", {}).get("level", "") for r in replies]
+                if decode:
+                    n_tokens = float(test.split()[1])
+                    entry["stock_estimate_us"] = typical([stock_estimate_us(r, n_tokens) for r in replies])
             rows[name] = entry
         result[test] = {"best_stock": best, "rows": rows}
     return result
@@ -205,9 +226,11 @@ def goal_lines(test: str, stage: Mapping[str, Any], of_test: Mapping[str, Any]) 
         return []
     goal, reached = goal_of(test, stage["is_worst_case"]), ours["to_best_stock"]["median"]
     lines = [f"goal {goal:.2f}: {'reached' if reached >= goal else 'missed'} ({reached:.2f})"]
-    estimate = (ours.get("guard") or {}).get("stock_us")
-    best = of_test["best_stock"]
+    estimate, best = ours.get("stock_estimate_us"), of_test["best_stock"]
     if estimate and best:
-        measured = float(test.split()[1]) / of_test["rows"][best]["tokens_per_s"]["median"] * 1e6
-        lines.append(f"stock by the guard's estimate {estimate:.0f} us, measured {measured:.0f} us")
+        measured = 1e6 / of_test["rows"][best]["tokens_per_s"]["median"]
+        lines.append(f"best stock by the guard's estimate {estimate:.0f} us a token, measured {measured:.0f} us")
+    levels = [level for level in ours.get("guard_levels", []) if level]
+    if levels:
+        lines.append(f"guard at the end of each round: {', '.join(levels)}")
     return lines

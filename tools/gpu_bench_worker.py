@@ -74,6 +74,7 @@ class Worker:
             op_offload=True,
         )
         self.tokens = token_source(self.model, None, options.n_ctx)
+        self._copy_busy_us = 0.0
 
     def warm_up(self) -> dict[str, Any]:
         """Page faults, shader compilation and thread start; for ours also a cache filled by `n_warmup` tokens."""
@@ -110,23 +111,25 @@ class Worker:
     def _reset(self) -> None:
         if self.model.plugin is not None:
             self.model.plugin.reset_counters(self.context.instance)
+            self._copy_busy_us = self._copied_us()
 
     def _counted(self) -> dict[str, Any]:
-        """Sums over layers since the reset, and what the guard says where this plug-in tells."""
+        """Sums over layers and time spent copying since the reset, and the plug-in's state now."""
         plugin = self.model.plugin
         if plugin is None:
             return {}
         totals: dict[str, float] = {}
-        layers = self.context.counters()
-        for layer in layers:
+        for layer in self.context.counters():
             for name, value in dataclasses.asdict(layer).items():
-                if name != "layer" and isinstance(value, (int, float)):
+                if name != "layer":
                     totals[name] = totals.get(name, 0) + value
-        found: dict[str, Any] = {"counters": totals, "n_layers_counted": len(layers)}
-        describe = getattr(plugin, "guard", None)
-        if callable(describe):
-            found["guard"] = describe(self.context.instance)
-        return found
+        copied_us = self._copied_us() - self._copy_busy_us
+        return {"counters": totals, "state": plugin.state(self.context.instance), "copy_busy_us": copied_us}
+
+    def _copied_us(self) -> float:
+        assert self.model.plugin is not None
+        devices = self.model.plugin.state(self.context.instance).get("devices", [])
+        return float(sum(device.get("copy_busy_us", 0.0) for device in devices))
 
     def _device_free(self) -> int:
         from hybrimoe.native.backend_modules import device_memory

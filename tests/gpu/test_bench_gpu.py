@@ -148,23 +148,32 @@ def test_figures_of_counters() -> None:
         "router_us": 10.0,
         "experts_us": 200.0,
         "merge_us": 10.0,
-        "gpu_us": 60.0,
-        "copy_us": 0.0,
+        "plan_us": 15.0,
+        "wait_us": 5.0,
         "h2d_bytes": 0,
     }
-    found = gpu_bench_report.figures({"us": 1000.0, "counters": counters}, 5.0, 1e6)
+    device = {"gpu_expert_us": 1.0, "copy_expert_us": 1e9, "step_us": 2.0}
+    state = {"cpu_expert_us": 10.0, "devices": [device], "guard": {"floor_us": 300.0}}
+    reply = {"us": 1000.0, "counters": counters, "state": state, "copy_busy_us": 100.0}
+    found = gpu_bench_report.figures(reply, 5.0, 1e6, is_decode=True)
     assert found["hit_rate"] == 0.75
-    assert found["cpu_busy"] == pytest.approx(0.2)
-    assert found["gpu_busy"] == pytest.approx(0.06)
-    assert found["link_busy"] == 0.0
+    assert found["cpu_busy"] == pytest.approx(0.18)
+    assert found["gpu_busy"] == pytest.approx((60 * 1.0 + 10 * 2.0) / 1000)
+    assert found["link_busy"] == pytest.approx(0.1)
     # 8 experts a step, 6 of them hits; 10 us on the CPU and 1 us on the GPU: 20 us are the least, 22 were taken.
     assert found["limit_share"] == pytest.approx(200 / 220)
     assert found["host_share"] == pytest.approx(20 * 5.0 / 1e-3 / 1e6)
+    assert found["plan_us"] == 1.5
+    # The floor is of experts alone: what is no block's time is added, (1000 - 220) us for 4 tokens.
+    assert gpu_bench_report.stock_estimate_us(reply, 4) == pytest.approx(300 + 195)
+    in_prefill = gpu_bench_report.figures(reply, 5.0, 1e6, is_decode=False)
+    assert in_prefill["limit_share"] is None and in_prefill["gpu_busy"] is None
 
 
 def test_figures_without_counters() -> None:
-    found = gpu_bench_report.figures({"us": 1000.0}, 5.0, None)
+    found = gpu_bench_report.figures({"us": 1000.0}, 5.0, None, is_decode=True)
     assert all(value is None for value in found.values())
+    assert gpu_bench_report.stock_estimate_us({"us": 1000.0}, 4) is None
 
 
 def stage_of(rows: Mapping[str, list[float | None]]) -> dict[str, Any]:
