@@ -14,7 +14,7 @@ from hybrimoe.errors import PluginError
 from hybrimoe.native.locate import installed_library
 
 LIBRARY_NAME = "libggml-hybrimoe.so"
-ABI_VERSION = 1
+ABI_VERSION = 2
 REINSTALL_HINT = "reinstall the package for this llama-cpp-python: pip install --force-reinstall --no-deps hybrimoe"
 
 
@@ -31,12 +31,25 @@ class _LayerCounters(ctypes.Structure):
         ("router_us", ctypes.c_double),
         ("experts_us", ctypes.c_double),
         ("merge_us", ctypes.c_double),
+        ("plan_us", ctypes.c_double),
+        ("wait_us", ctypes.c_double),
+        ("n_hits", ctypes.c_uint64),
+        ("n_misses", ctypes.c_uint64),
+        ("n_late", ctypes.c_uint64),
+        ("n_evictions", ctypes.c_uint64),
+        ("n_copies", ctypes.c_uint64),
+        ("n_prefetched", ctypes.c_uint64),
+        ("h2d_bytes", ctypes.c_uint64),
     )
 
 
 @dataclass(frozen=True)
 class LayerCounters:
-    """What the plug-in did for one layer since its counters were last reset."""
+    """What the plug-in did for one layer since its counters were last reset (struct hybrimoe_layer_counters).
+
+    Hits, misses and late ones (misses whose copy was under way) are counted where an accelerator takes part; `plan_us`
+    is planning and launching, `wait_us` waiting for accelerators once the CPU's share was done.
+    """
 
     layer: int
     n_steps: int
@@ -48,6 +61,15 @@ class LayerCounters:
     router_us: float
     experts_us: float
     merge_us: float
+    plan_us: float = 0.0
+    wait_us: float = 0.0
+    n_hits: int = 0
+    n_misses: int = 0
+    n_late: int = 0
+    n_evictions: int = 0
+    n_copies: int = 0
+    n_prefetched: int = 0
+    h2d_bytes: int = 0
 
 
 class Plugin:
@@ -93,6 +115,35 @@ class Plugin:
     def n_nodes_delegated(self, instance: int) -> int:
         """Graph nodes of `instance` that ggml's CPU backend computed outside any MoE block."""
         return int(self._library.hybrimoe_n_nodes_delegated(instance))
+
+    def state(self, instance: int) -> dict[str, Any]:
+        """Devices, slots, costs, statistics and guard of `instance`; empty for one that is gone."""
+        length = self._library.hybrimoe_describe_state(instance, None, 0)
+        while length >= 0:
+            buffer = ctypes.create_string_buffer(length + 1)
+            now = self._library.hybrimoe_describe_state(instance, buffer, len(buffer))
+            if now <= length:
+                return dict(json.loads(buffer.value)) if now >= 0 else {}
+            length = now
+        return {}
+
+    def residency(self, instance: int, layer: int) -> list[int]:
+        """Per expert of `layer` (llama.cpp's index) the accelerator that holds it, -1 for none; empty if unknown."""
+        n = self._library.hybrimoe_residency(instance, layer, None, 0)
+        if n <= 0:
+            return []
+        devices = (ctypes.c_int32 * n)()
+        self._library.hybrimoe_residency(instance, layer, devices, n)
+        return list(devices)
+
+    def events(self, instance: int, after: int = 0) -> list[tuple[int, str]]:
+        """What the dispatch logged after line number `after`: (number, line) in order."""
+        lines: list[tuple[int, str]] = []
+        buffer = ctypes.create_string_buffer(1024)
+        while number := self._library.hybrimoe_next_event(instance, after, buffer, len(buffer)):
+            lines.append((number, buffer.value.decode(errors="replace")))
+            after = number
+        return lines
 
     def reset_counters(self, instance: int) -> None:
         self._library.hybrimoe_reset_counters(instance)
@@ -195,6 +246,20 @@ def _declare(library: ctypes.CDLL) -> None:
     # uint64_t hybrimoe_n_nodes_delegated(uint64_t instance)
     library.hybrimoe_n_nodes_delegated.argtypes = [ctypes.c_uint64]
     library.hybrimoe_n_nodes_delegated.restype = ctypes.c_uint64
+    # int64_t hybrimoe_describe_state(uint64_t instance, char * out, size_t size)
+    library.hybrimoe_describe_state.argtypes = [ctypes.c_uint64, ctypes.c_char_p, ctypes.c_size_t]
+    library.hybrimoe_describe_state.restype = ctypes.c_int64
+    # int32_t hybrimoe_residency(uint64_t instance, int32_t layer, int32_t * device, int32_t capacity)
+    library.hybrimoe_residency.argtypes = [
+        ctypes.c_uint64,
+        ctypes.c_int32,
+        ctypes.POINTER(ctypes.c_int32),
+        ctypes.c_int32,
+    ]
+    library.hybrimoe_residency.restype = ctypes.c_int32
+    # uint64_t hybrimoe_next_event(uint64_t instance, uint64_t after, char * line, size_t size)
+    library.hybrimoe_next_event.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_char_p, ctypes.c_size_t]
+    library.hybrimoe_next_event.restype = ctypes.c_uint64
     # int hybrimoe_reset_counters(uint64_t instance)
     library.hybrimoe_reset_counters.argtypes = [ctypes.c_uint64]
     library.hybrimoe_reset_counters.restype = ctypes.c_int

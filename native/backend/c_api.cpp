@@ -11,6 +11,7 @@
 #include <exception>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace {
 
@@ -108,6 +109,46 @@ int hybrimoe_reset_counters(uint64_t instance) {
     }
     data->reset();
     return 0;
+}
+
+int64_t hybrimoe_describe_state(uint64_t instance, char * out, size_t size) {
+    int64_t length = -1;
+    hybrimoe::ask_instance(instance, [&](const hybrimoe::instance_view & view) {
+        const std::string text = view.describe_state();
+        length                 = static_cast<int64_t>(text.size());
+        if (out != nullptr && size > 0) {
+            std::snprintf(out, size, "%s", text.c_str());
+        }
+        return true;
+    });
+    return length;
+}
+
+int32_t hybrimoe_residency(uint64_t instance, int32_t layer, int32_t * device, int32_t capacity) {
+    int32_t n = -1;
+    hybrimoe::ask_instance(instance, [&](const hybrimoe::instance_view & view) {
+        std::vector<int32_t> where;
+        if (!view.residency(layer, where)) {
+            return false;
+        }
+        n = static_cast<int32_t>(where.size());
+        for (int32_t i = 0; device != nullptr && i < n && i < capacity; i++) {
+            device[i] = where[static_cast<size_t>(i)];
+        }
+        return true;
+    });
+    return n;
+}
+
+uint64_t hybrimoe_next_event(uint64_t instance, uint64_t after, char * line, size_t size) {
+    uint64_t number = 0;
+    std::string text;
+    const bool found = hybrimoe::ask_instance(
+        instance, [&](const hybrimoe::instance_view & view) { return view.next_event(after, number, text); });
+    if (found && line != nullptr && size > 0) {
+        std::snprintf(line, size, "%s", text.c_str());
+    }
+    return found ? number : 0;
 }
 
 } // extern "C"

@@ -11,6 +11,7 @@ namespace {
 struct instance_table {
     std::mutex mutex;
     std::map<uint64_t, std::shared_ptr<counters>> by_id;
+    std::map<uint64_t, const instance_view *> views;
     uint64_t next_id = 1;
 };
 
@@ -55,13 +56,24 @@ hybrimoe_layer_counters counters::read(int index) const {
     out.router_us          = get_us(source.router_ns);
     out.experts_us         = get_us(source.experts_ns);
     out.merge_us           = get_us(source.merge_ns);
+    out.plan_us            = get_us(source.plan_ns);
+    out.wait_us            = get_us(source.wait_ns);
+    out.n_hits             = get(source.n_hits);
+    out.n_misses           = get(source.n_misses);
+    out.n_late             = get(source.n_late);
+    out.n_evictions        = get(source.n_evictions);
+    out.n_copies           = get(source.n_copies);
+    out.n_prefetched       = get(source.n_prefetched);
+    out.h2d_bytes          = get(source.h2d_bytes);
     return out;
 }
 
 void counters::reset() {
     for (layer_counters & one : layers_) {
         for (auto * counter : {&one.n_steps, &one.n_tokens, &one.n_blocks, &one.n_blocks_delegated, &one.n_experts_cpu,
-                               &one.n_experts_gpu, &one.router_ns, &one.experts_ns, &one.merge_ns}) {
+                               &one.n_experts_gpu, &one.router_ns, &one.experts_ns, &one.merge_ns, &one.plan_ns,
+                               &one.wait_ns, &one.n_hits, &one.n_misses, &one.n_late, &one.n_evictions, &one.n_copies,
+                               &one.n_prefetched, &one.h2d_bytes}) {
             clear(*counter);
         }
     }
@@ -78,10 +90,24 @@ instance_ticket register_instance() {
     return {id, std::move(data)};
 }
 
+void show_instance(uint64_t id, const instance_view * view) {
+    instance_table & all = table();
+    std::lock_guard<std::mutex> lock(all.mutex);
+    all.views[id] = view;
+}
+
+bool ask_instance(uint64_t id, const std::function<bool(const instance_view &)> & ask) {
+    instance_table & all = table();
+    std::lock_guard<std::mutex> lock(all.mutex);
+    const auto found = all.views.find(id);
+    return found != all.views.end() && ask(*found->second);
+}
+
 void forget_instance(uint64_t id) {
     instance_table & all = table();
     std::lock_guard<std::mutex> lock(all.mutex);
     all.by_id.erase(id);
+    all.views.erase(id);
 }
 
 std::shared_ptr<counters> find_instance(uint64_t id) {

@@ -6,7 +6,10 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <memory>
+#include <string>
+#include <vector>
 
 namespace hybrimoe {
 
@@ -23,6 +26,15 @@ struct layer_counters {
     std::atomic<uint64_t> router_ns{0};
     std::atomic<uint64_t> experts_ns{0};
     std::atomic<uint64_t> merge_ns{0};
+    std::atomic<uint64_t> plan_ns{0}; // planning and launching
+    std::atomic<uint64_t> wait_ns{0}; // for accelerators, after the CPU's share
+    std::atomic<uint64_t> n_hits{0};
+    std::atomic<uint64_t> n_misses{0};
+    std::atomic<uint64_t> n_late{0};
+    std::atomic<uint64_t> n_evictions{0};
+    std::atomic<uint64_t> n_copies{0};
+    std::atomic<uint64_t> n_prefetched{0};
+    std::atomic<uint64_t> h2d_bytes{0};
 };
 
 class counters {
@@ -45,6 +57,15 @@ inline void add(std::atomic<uint64_t> & counter, uint64_t amount) {
     counter.fetch_add(amount, std::memory_order_relaxed);
 }
 
+// What a host may ask of a living instance beyond counters.
+class instance_view {
+public:
+    virtual ~instance_view()                                                             = default;
+    virtual std::string describe_state() const                                           = 0;
+    virtual bool residency(int layer, std::vector<int32_t> & device) const               = 0;
+    virtual bool next_event(uint64_t after, uint64_t & number, std::string & line) const = 0;
+};
+
 // Instances by id, so that a host can ask for counters without holding ggml objects.
 struct instance_ticket {
     uint64_t id = 0;
@@ -52,7 +73,10 @@ struct instance_ticket {
 };
 
 instance_ticket register_instance();
+void show_instance(uint64_t id, const instance_view * view);
 void forget_instance(uint64_t id);
+// Calls `ask` with the instance's view while it is sure to live; false when there is none.
+bool ask_instance(uint64_t id, const std::function<bool(const instance_view &)> & ask);
 std::shared_ptr<counters> find_instance(uint64_t id);
 uint64_t last_instance_of_thread();
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstring>
 
 namespace hybrimoe {
 
@@ -25,13 +26,22 @@ private:
     std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
 };
 
+// Whether the router of the block reads the same rows as the experts.
+bool shares_input(ggml_tensor ** nodes, const moe_block & block, const described_block & described) {
+    for (int i = block.begin; i < block.experts; i++) {
+        if (nodes[i]->op == GGML_OP_MUL_MAT && nodes[i]->src[0] == block.router) {
+            return nodes[i]->src[1]->data == described.x->data;
+        }
+    }
+    return false;
+}
+
 } // namespace
 
-dispatcher::dispatcher(const settings & config, std::shared_ptr<counters> data) : counters_(std::move(data)) {
-    if (config.kernels != cpu_kernels::ggml) {
-        kernels_ = std::make_unique<kernel_executor>(config);
-    }
-}
+dispatcher::dispatcher(const settings & config, std::shared_ptr<counters> data)
+    : counters_(std::move(data)),
+      kernels_(config.kernels == cpu_kernels::ggml ? nullptr : std::make_unique<kernel_executor>(config)),
+      hybrid_(config, counters_, *this, kernels_ == nullptr ? kernels::best_kernel_set() : kernels_->set()) {}
 
 ggml_status dispatcher::compute(ggml_cgraph * graph) {
     ggml_tensor ** nodes = ggml_graph_nodes(graph);
@@ -50,49 +60,86 @@ int dispatcher::n_threads_for(size_t n_bytes) const {
 }
 
 ggml_status dispatcher::run_block(ggml_tensor ** nodes, const moe_block & block) {
-    is_active_.assign(static_cast<size_t>(block.n_expert), 0);
-    const std::optional<described_block> described = kernels_ ? kernels_->accept(nodes, block) : std::nullopt;
-    const ggml_status status = described ? run_with_kernels(nodes, block, *described) : run_with_ggml(nodes, block);
+    const std::optional<described_block> described =
+        kernels_ ? kernels_->accept(nodes, block) : describe(nodes, block, kernel_executor::external_of, nullptr);
+    const bool is_shared = described && hybrid_.prepare(block, *described, kernels_ == nullptr);
+    if (is_shared) {
+        hybrid_.set_input(static_cast<const float *>(described->x->data), described->x->nb[2],
+                          shares_input(nodes, block, *described));
+    }
+    const ggml_status status = kernels_ && described ? run_with_kernels(nodes, block, *described, is_shared)
+                                                     : run_with_ggml(nodes, block, is_shared ? &*described : nullptr);
+    if (is_shared) {
+        hybrid_.end_block();
+    }
     if (status != GGML_STATUS_SUCCESS) {
         return status;
     }
-    const block_plan planned = plan();
-    layer_counters & counts  = counters_->layer(block.layer);
+    const bool was_planned  = is_shared && hybrid_.was_planned();
+    const int n_active      = count_active(kernels_ && described ? kernels_->ids() : ids_, block.n_expert);
+    layer_counters & counts = counters_->layer(block.layer);
     add(counts.n_steps, 1);
     add(counts.n_tokens, static_cast<uint64_t>(block.n_tokens()));
     add(counts.n_blocks, 1);
-    add(counts.n_experts_cpu, static_cast<uint64_t>(planned.n_experts_cpu));
-    add(counts.n_experts_gpu, static_cast<uint64_t>(planned.n_experts_gpu));
+    add(counts.n_experts_cpu, static_cast<uint64_t>(was_planned ? hybrid_.n_experts_cpu() : n_active));
+    add(counts.n_experts_gpu, static_cast<uint64_t>(was_planned ? hybrid_.n_experts_gpu() : 0));
     return GGML_STATUS_SUCCESS;
 }
 
 ggml_status dispatcher::run_with_kernels(ggml_tensor ** nodes, const moe_block & block,
-                                         const described_block & described) {
-    const kernel_executor::result done = kernels_->run(cpu_, nodes, block, described, n_threads_);
-    layer_counters & counts            = counters_->layer(block.layer);
+                                         const described_block & described, bool is_shared) {
+    const kernel_executor::result done =
+        kernels_->run(cpu_, nodes, block, described, n_threads_, is_shared ? &hybrid_ : nullptr);
+    layer_counters & counts = counters_->layer(block.layer);
     add(counts.router_ns, done.router_ns);
     add(counts.experts_ns, done.experts_ns);
-    mark_active(kernels_->ids().data(), kernels_->ids().size());
-    return done.status;
+    ggml_status status = done.status;
+    if (is_shared) {
+        stopwatch watch;
+        hybrid_.finish();
+        if (status == GGML_STATUS_SUCCESS && hybrid_.rest() != nullptr) {
+            status = kernels_->run_rest(cpu_, hybrid_.rest(), n_threads_);
+        }
+        hybrid_.add_to(kernels_->y(), kernels_->y_token_bytes());
+        add(counts.merge_ns, watch.lap_ns());
+    }
+    kernels_->store_result();
+    return status;
 }
 
-ggml_status dispatcher::run_with_ggml(ggml_tensor ** nodes, const moe_block & block) {
-    layer_counters & counts = counters_->layer(block.layer);
-    stopwatch watch;
-
+ggml_status dispatcher::run_router(ggml_tensor ** nodes, const moe_block & block, bool with_scores) {
     const size_t n_tokens     = static_cast<size_t>(block.n_tokens());
     const size_t router_bytes = block.router == nullptr ? 0 : ggml_nbytes(block.router) * ((n_tokens + 3) / 4);
-    ggml_status status        = cpu_.run(nodes + block.begin, block.experts - block.begin, n_threads_for(router_bytes));
+    const int n_threads       = n_threads_for(router_bytes);
+    const router_scores at    = with_scores ? find_scores(nodes, block) : router_scores{};
+    int begin                 = block.begin;
+    scores_.clear();
+    if (at.tensor != nullptr) {
+        const ggml_status status = cpu_.run(nodes + begin, at.node + 1 - begin, n_threads);
+        if (status != GGML_STATUS_SUCCESS) {
+            return status;
+        }
+        take_scores(at, scores_);
+        begin = at.node + 1;
+    }
+    return cpu_.run(nodes + begin, block.experts - begin, n_threads);
+}
+
+ggml_status dispatcher::run_with_ggml(ggml_tensor ** nodes, const moe_block & block, const described_block * shared) {
+    layer_counters & counts = counters_->layer(block.layer);
+    stopwatch watch;
+    ggml_status status = run_router(nodes, block, shared != nullptr && hybrid_.wants_scores());
     if (status != GGML_STATUS_SUCCESS) {
         return status;
     }
-    const char * ids = static_cast<const char *>(block.ids->data);
-    for (size_t token = 0; token < n_tokens; token++) {
-        mark_active(reinterpret_cast<const int32_t *>(ids + token * block.ids->nb[1]),
-                    static_cast<size_t>(block.top_k()));
-    }
+    take_routing(block, shared);
     add(counts.router_ns, watch.lap_ns());
 
+    if (shared != nullptr) {
+        status = run_shared(nodes, block, *shared);
+        add(counts.experts_ns, watch.lap_ns());
+        return status;
+    }
     status = cpu_.run(nodes + block.experts, block.merge - block.experts, n_threads_);
     if (status != GGML_STATUS_SUCCESS) {
         return status;
@@ -105,19 +152,116 @@ ggml_status dispatcher::run_with_ggml(ggml_tensor ** nodes, const moe_block & bl
     return status;
 }
 
-void dispatcher::mark_active(const int32_t * ids, size_t n_ids) {
-    for (size_t i = 0; i < n_ids; i++) {
-        if (ids[i] >= 0 && static_cast<size_t>(ids[i]) < is_active_.size()) {
-            is_active_[static_cast<size_t>(ids[i])] = 1;
+// Copies of what the router said: ggml may place the block's later tensors over it.
+void dispatcher::take_routing(const moe_block & block, const described_block * described) {
+    const auto top_k    = static_cast<size_t>(block.top_k());
+    const auto n_tokens = static_cast<size_t>(block.n_tokens());
+    ids_.resize(top_k * n_tokens);
+    weights_.resize(top_k * n_tokens);
+    for (size_t token = 0; token < n_tokens; token++) {
+        std::memcpy(ids_.data() + token * top_k, static_cast<const char *>(block.ids->data) + token * block.ids->nb[1],
+                    top_k * sizeof(int32_t));
+        if (described != nullptr) {
+            std::memcpy(weights_.data() + token * top_k,
+                        static_cast<const char *>(described->weights->data) + token * described->weights->nb[2],
+                        top_k * sizeof(float));
         }
     }
 }
 
-// Every active expert goes to the CPU: there is no accelerator to share with yet.
-block_plan dispatcher::plan() const {
-    block_plan planned;
-    planned.n_experts_cpu = static_cast<int>(std::count(is_active_.begin(), is_active_.end(), 1));
-    return planned;
+// The block's pairs through ggml's kernels, some of them on accelerators, summed in ggml's order: the same bits as
+// plain llama.cpp where the kernels are the same.
+ggml_status dispatcher::run_shared(ggml_tensor **, const moe_block & block, const described_block & described) {
+    const expert_layout & layout = hybrid_.layout();
+    const size_t row             = static_cast<size_t>(layout.n_embd);
+    // The result may lie over x.
+    x_.resize(row * static_cast<size_t>(block.n_tokens()));
+    for (int64_t t = 0; t < block.n_tokens(); t++) {
+        std::memcpy(x_.data() + static_cast<size_t>(t) * row,
+                    static_cast<const char *>(described.x->data) + static_cast<size_t>(t) * described.x->nb[2],
+                    row * sizeof(float));
+    }
+    hybrid_.set_input(x_.data(), row * sizeof(float), false);
+    const uint8_t * take = hybrid_.route(ids_.data(), weights_.data(), scores_.empty() ? nullptr : scores_.data());
+    routed_pairs pairs   = hybrid_.pairs();
+    pairs.ids            = ids_.data();
+    pairs.weights        = weights_.data();
+    ggml_status status   = rows_.run(cpu_, layout, pairs, take, n_threads_, false);
+    hybrid_.finish();
+    if (status == GGML_STATUS_SUCCESS && hybrid_.rest() != nullptr) {
+        status = rows_.run(cpu_, layout, pairs, hybrid_.rest(), n_threads_, true);
+    }
+    if (status == GGML_STATUS_SUCCESS) {
+        sum_rows(described);
+    }
+    return status;
+}
+
+void dispatcher::sum_rows(const described_block & described) const {
+    const routed_pairs & pairs = hybrid_.pairs();
+    const int64_t n_embd       = hybrid_.layout().n_embd;
+    for (int64_t t = 0; t < pairs.n_tokens; t++) {
+        auto * y = reinterpret_cast<float *>(static_cast<char *>(described.y->data) +
+                                             static_cast<size_t>(t) * described.y->nb[1]);
+        for (int32_t k = 0; k < pairs.top_k; k++) {
+            const auto p       = static_cast<size_t>(t * pairs.top_k + k);
+            const float * mine = rows_.row(p);
+            const float * in   = mine != nullptr ? mine : hybrid_.row(t, k);
+            const float w      = weights_[p];
+            for (int64_t i = 0; i < n_embd; i++) {
+                const float part = in[i] * w;
+                y[i]             = k == 0 ? part : y[i] + part;
+            }
+        }
+    }
+}
+
+int dispatcher::count_active(const std::vector<int32_t> & ids, int64_t n_expert) {
+    is_active_.assign(static_cast<size_t>(n_expert), 0);
+    for (const int32_t id : ids) {
+        if (id >= 0 && id < n_expert) {
+            is_active_[static_cast<size_t>(id)] = 1;
+        }
+    }
+    return static_cast<int>(std::count(is_active_.begin(), is_active_.end(), 1));
+}
+
+double dispatcher::time_us(const known_layer & layer, const std::vector<int32_t> & experts, int n_tokens) {
+    const expert_layout & layout = layer.layout;
+    const auto n_embd            = static_cast<size_t>(layout.n_embd);
+    const auto n_experts         = static_cast<int32_t>(experts.size());
+    std::vector<float> x(n_embd * static_cast<size_t>(n_tokens), 0.01f);
+    std::vector<float> y(x.size());
+    std::vector<int32_t> ids;
+    for (int t = 0; t < n_tokens; t++) {
+        ids.insert(ids.end(), experts.begin(), experts.end());
+    }
+    const std::vector<float> weights(ids.size(), 1.0f);
+    routed_pairs pairs;
+    pairs.n_tokens      = n_tokens;
+    pairs.top_k         = n_experts;
+    pairs.ids           = ids.data();
+    pairs.weights       = weights.data();
+    pairs.x             = x.data();
+    pairs.x_token_bytes = n_embd * sizeof(float);
+    stopwatch watch;
+    if (kernels_ == nullptr) {
+        rows_.run(cpu_, layout, pairs, nullptr, n_threads_, false);
+        return static_cast<double>(watch.lap_ns()) * 1e-3;
+    }
+    kernels::moe_batch batch;
+    batch.n_tokens            = n_tokens;
+    batch.top_k               = n_experts;
+    batch.x                   = x.data();
+    batch.x_token_bytes       = pairs.x_token_bytes;
+    batch.ids                 = ids.data();
+    batch.weights             = weights.data();
+    batch.ids_token_bytes     = experts.size() * sizeof(int32_t);
+    batch.weights_token_bytes = experts.size() * sizeof(float);
+    batch.y                   = y.data();
+    batch.y_token_bytes       = pairs.x_token_bytes;
+    kernels_->run_experts(cpu_, layer.kernel_layer, batch, n_threads_);
+    return static_cast<double>(watch.lap_ns()) * 1e-3;
 }
 
 ggml_status dispatcher::run_delegated(ggml_tensor ** nodes, const segment & rest) {

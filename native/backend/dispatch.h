@@ -3,6 +3,8 @@
 
 #include "counters.h"
 #include "cpu_executor.h"
+#include "host_rows.h"
+#include "hybrid/hybrid_dispatch.h"
 #include "kernel_executor.h"
 #include "match.h"
 #include "settings.h"
@@ -12,13 +14,7 @@
 
 namespace hybrimoe {
 
-// How one block's active experts are shared out in this step.
-struct block_plan {
-    int n_experts_cpu = 0;
-    int n_experts_gpu = 0;
-};
-
-class dispatcher {
+class dispatcher : public cpu_timer, public instance_view {
 public:
     dispatcher(const settings & config, std::shared_ptr<counters> data);
 
@@ -28,21 +24,37 @@ public:
     void set_n_threads(int n_threads) { n_threads_ = n_threads; }
     void set_abort_callback(ggml_abort_callback callback, void * data) { cpu_.set_abort_callback(callback, data); }
 
+    double time_us(const known_layer & layer, const std::vector<int32_t> & experts, int n_tokens) override;
+
+    std::string describe_state() const override { return hybrid_.describe_state(); }
+    bool residency(int layer, std::vector<int32_t> & device) const override { return hybrid_.residency(layer, device); }
+    bool next_event(uint64_t after, uint64_t & number, std::string & line) const override {
+        return hybrid_.log().next(after, number, line);
+    }
+
 private:
     ggml_status run_block(ggml_tensor ** nodes, const moe_block & block);
-    ggml_status run_with_kernels(ggml_tensor ** nodes, const moe_block & block, const described_block & described);
-    ggml_status run_with_ggml(ggml_tensor ** nodes, const moe_block & block);
+    ggml_status run_with_kernels(ggml_tensor ** nodes, const moe_block & block, const described_block & described,
+                                 bool is_shared);
+    ggml_status run_with_ggml(ggml_tensor ** nodes, const moe_block & block, const described_block * shared);
+    ggml_status run_router(ggml_tensor ** nodes, const moe_block & block, bool with_scores);
+    ggml_status run_shared(ggml_tensor ** nodes, const moe_block & block, const described_block & described);
+    void take_routing(const moe_block & block, const described_block * described);
+    void sum_rows(const described_block & described) const;
     ggml_status run_delegated(ggml_tensor ** nodes, const segment & rest);
     int n_threads_for(size_t n_bytes) const;
-    void mark_active(const int32_t * ids, size_t n_ids);
-    block_plan plan() const;
+    int count_active(const std::vector<int32_t> & ids, int64_t n_expert);
 
     std::shared_ptr<counters> counters_;
     cpu_executor cpu_;
     std::unique_ptr<kernel_executor> kernels_; // null: everything through ggml's kernels
+    host_rows rows_;                           // with ggml's kernels: pairs of blocks that are shared
+    hybrid_dispatch hybrid_;
     int n_threads_ = GGML_DEFAULT_N_THREADS;
     std::vector<segment> segments_;
     std::vector<uint8_t> is_active_; // per expert: routed to in this step
+    std::vector<int32_t> ids_;       // with ggml's kernels: [top_k, n_tokens] of the block at hand
+    std::vector<float> weights_, scores_, x_;
 };
 
 } // namespace hybrimoe

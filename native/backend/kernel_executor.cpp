@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 #include <new>
 #include <stdexcept>
 #include <thread>
@@ -79,7 +80,7 @@ void spin_barrier::wait(int n_threads) {
 
 kernel_executor::kernel_executor(const settings & config) : set_(choose_set(config)), scratch_(nullptr, std::free) {
     ggml_init_params params{};
-    params.mem_size = 2 * ggml_tensor_overhead();
+    params.mem_size = 4 * ggml_tensor_overhead();
     params.no_alloc = true;
     context_        = ggml_init(params);
     if (context_ == nullptr) {
@@ -88,6 +89,9 @@ kernel_executor::kernel_executor(const settings & config) : set_(choose_set(conf
     node_ = ggml_custom_4d(context_, GGML_TYPE_F32, 1, 1, 1, 1, nullptr, 0, callback, GGML_N_TASKS_MAX, this);
     node_->flags |= GGML_TENSOR_FLAG_COMPUTE;
     ggml_set_name(node_, "hybrimoe_experts");
+    scores_node_ = ggml_custom_4d(context_, GGML_TYPE_F32, 1, 1, 1, 1, nullptr, 0, keep_scores, 1, this);
+    scores_node_->flags |= GGML_TENSOR_FLAG_COMPUTE;
+    ggml_set_name(scores_node_, "hybrimoe_scores");
 }
 
 kernel_executor::~kernel_executor() {
@@ -95,11 +99,13 @@ kernel_executor::~kernel_executor() {
 }
 
 std::optional<described_block> kernel_executor::accept(ggml_tensor ** nodes, const moe_block & block) {
-    return describe(nodes, block, external, this);
+    return describe(nodes, block, external_of, nullptr);
 }
 
-const kernels::external_type * kernel_executor::external(ggml_type type, void * self) {
-    auto & known     = static_cast<kernel_executor *>(self)->externals_;
+const kernels::external_type * kernel_executor::external_of(ggml_type type, void *) {
+    static std::mutex mutex;
+    static std::unordered_map<int32_t, kernels::external_type> known; // entries stay where they are
+    std::lock_guard<std::mutex> lock(mutex);
     const auto found = known.find(type);
     if (found != known.end()) {
         return &found->second;
@@ -135,12 +141,18 @@ void kernel_executor::reserve(size_t n_bytes) {
     scratch_bytes_ = rounded;
 }
 
+void kernel_executor::prepare(const kernels::moe_layer & layer, int64_t n_tokens, int32_t top_k, int n_threads) {
+    layer_ = &layer;
+    plan_  = kernels::make_plan(set_, layer, n_tokens, top_k, n_threads);
+    reserve(plan_.scratch_bytes);
+}
+
 kernel_executor::result kernel_executor::run(cpu_executor & cpu, ggml_tensor ** nodes, const moe_block & block,
-                                             const described_block & described, int n_threads) {
+                                             const described_block & described, int n_threads, block_share * share) {
     block_     = &block;
     described_ = &described;
-    plan_ = kernels::make_plan(set_, described.layer, block.n_tokens(), static_cast<int32_t>(block.top_k()), n_threads);
-    reserve(plan_.scratch_bytes);
+    share_     = share;
+    prepare(described.layer, block.n_tokens(), static_cast<int32_t>(block.top_k()), n_threads);
     const size_t n_pairs = static_cast<size_t>(block.n_tokens() * block.top_k());
     ids_.resize(n_pairs);
     weights_.resize(n_pairs);
@@ -157,29 +169,58 @@ kernel_executor::result kernel_executor::run(cpu_executor & cpu, ggml_tensor ** 
     batch_.ids_token_bytes = batch_.weights_token_bytes = static_cast<size_t>(block.top_k()) * sizeof(float);
     batch_.y                                            = static_cast<float *>(y->data);
     batch_.y_token_bytes                                = y->nb[1];
-    const bool y_over_x                                 = overlap(x, y);
-    if (y_over_x) {
+    // With a share, x is wanted after the block's first pass over y: for pairs that come back, and by devices.
+    const bool y_apart = overlap(x, y);
+    if (y_apart) {
         y_copy_.resize(static_cast<size_t>(ggml_nelements(y)));
         batch_.y             = y_copy_.data();
         batch_.y_token_bytes = static_cast<size_t>(y->ne[0]) * sizeof(float);
     }
 
     graph_.assign(nodes + block.begin, nodes + block.experts);
+    scores_at_ = {};
+    if (share != nullptr && share->wants_scores()) {
+        scores_at_ = find_scores(nodes, block);
+        if (scores_at_.tensor != nullptr) {
+            graph_.insert(graph_.begin() + (scores_at_.node - block.begin) + 1, scores_node_);
+        }
+    }
     graph_.push_back(node_);
     result out;
     const uint64_t start = now_ns();
     experts_start_ns_    = start; // stays so when an abort callback ends the graph before our node
     out.status           = cpu.run(graph_.data(), static_cast<int>(graph_.size()), n_threads);
     const uint64_t end   = now_ns();
-    if (y_over_x) {
-        for (int64_t token = 0; token < block.n_tokens(); token++) {
-            std::memcpy(static_cast<char *>(y->data) + static_cast<size_t>(token) * y->nb[1],
-                        y_copy_.data() + token * y->ne[0], static_cast<size_t>(y->ne[0]) * sizeof(float));
-        }
-    }
-    out.router_ns  = experts_start_ns_ - start;
-    out.experts_ns = end - experts_start_ns_;
+    out.router_ns        = experts_start_ns_ - start;
+    out.experts_ns       = end - experts_start_ns_;
     return out;
+}
+
+void kernel_executor::store_result() {
+    ggml_tensor * y = described_->y;
+    if (batch_.y == y->data) {
+        return;
+    }
+    for (int64_t token = 0; token < batch_.n_tokens; token++) {
+        std::memcpy(static_cast<char *>(y->data) + static_cast<size_t>(token) * y->nb[1],
+                    reinterpret_cast<char *>(batch_.y) + static_cast<size_t>(token) * batch_.y_token_bytes,
+                    static_cast<size_t>(y->ne[0]) * sizeof(float));
+    }
+}
+
+ggml_status kernel_executor::run_rest(cpu_executor & cpu, const uint8_t * pairs, int n_threads) {
+    block_            = nullptr;
+    batch_.take       = pairs;
+    batch_.accumulate = true;
+    return cpu.run(&node_, 1, n_threads);
+}
+
+ggml_status kernel_executor::run_experts(cpu_executor & cpu, const kernels::moe_layer & layer,
+                                         const kernels::moe_batch & batch, int n_threads) {
+    prepare(layer, batch.n_tokens, batch.top_k, n_threads);
+    block_ = nullptr;
+    batch_ = batch;
+    return cpu.run(&node_, 1, n_threads);
 }
 
 void kernel_executor::callback(ggml_tensor *, int thread, int n_threads, void * self) {
@@ -200,15 +241,37 @@ void kernel_executor::take_inputs() {
     }
 }
 
+void kernel_executor::keep_scores(ggml_tensor *, int thread, int, void * self) {
+    auto * me = static_cast<kernel_executor *>(self);
+    if (thread == 0) {
+        take_scores(me->scores_at_, me->scores_);
+    }
+}
+
+// Only thread 0 decides; what it decided is read by all after the barrier.
+void kernel_executor::share_out(int thread, int n_threads) {
+    share_->look_ahead(thread, n_threads);
+    barrier_.wait(n_threads);
+    if (thread == 0) {
+        batch_.take =
+            share_->route(ids_.data(), weights_.data(), scores_at_.tensor == nullptr ? nullptr : scores_.data());
+    }
+}
+
 void kernel_executor::work(int thread, int n_threads) {
     struct meeting {
         spin_barrier * barrier;
         int n_threads;
     } here{&barrier_, n_threads};
 
-    if (thread == 0) {
-        experts_start_ns_ = now_ns();
-        take_inputs();
+    if (block_ != nullptr) {
+        if (thread == 0) {
+            experts_start_ns_ = now_ns();
+            take_inputs();
+        }
+        if (share_ != nullptr) {
+            share_out(thread, n_threads);
+        }
     }
     barrier_.wait(n_threads);
     kernels::team team;
@@ -219,7 +282,7 @@ void kernel_executor::work(int thread, int n_threads) {
         auto * met = static_cast<meeting *>(context);
         met->barrier->wait(met->n_threads);
     };
-    kernels::moe_forward(plan_, described_->layer, batch_, scratch_.get(), team);
+    kernels::moe_forward(plan_, *layer_, batch_, scratch_.get(), team);
 }
 
 } // namespace hybrimoe

@@ -8,10 +8,12 @@
 
 #include "ggml-backend-impl.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <exception>
 #include <memory>
+#include <vector>
 
 namespace hybrimoe {
 
@@ -62,11 +64,15 @@ ggml_backend_buffer_type_t buffer_type() {
 
 struct backend_state {
     explicit backend_state(instance_ticket ticket)
-        : id(ticket.id), dispatch(current_settings(), std::move(ticket.data)) {}
+        : id(ticket.id), dispatch(current_settings(), std::move(ticket.data)) {
+        show_instance(id, &dispatch);
+    }
     ~backend_state() { forget_instance(id); }
 
     uint64_t id;
     dispatcher dispatch;
+    // Backends whose copies into our inputs are under way: one wait for all of them when the graph begins.
+    std::vector<ggml_backend_t> sources;
 };
 
 backend_state & state_of(ggml_backend_t backend) {
@@ -83,14 +89,36 @@ void backend_free(ggml_backend_t backend) {
 }
 
 ggml_status backend_graph_compute(ggml_backend_t backend, ggml_cgraph * graph) {
+    backend_state & state = state_of(backend);
+    for (ggml_backend_t source : state.sources) {
+        ggml_backend_synchronize(source);
+    }
+    state.sources.clear();
     try {
-        return state_of(backend).dispatch.compute(graph);
+        return state.dispatch.compute(graph);
     } catch (const std::bad_alloc &) {
         return GGML_STATUS_ALLOC_FAILED;
     } catch (const std::exception & error) {
         std::fprintf(stderr, "HybriMoE: %s\n", error.what());
         return GGML_STATUS_FAILED;
     }
+}
+
+// The scheduler asks us to bring an input over: queue the download behind what its backend still computes, instead of
+// two waits and a blocking copy for every input.
+bool backend_cpy_tensor_async(ggml_backend_t source, ggml_backend_t backend, const ggml_tensor * from,
+                              ggml_tensor * to) {
+    ggml_backend_buffer_t memory = from->view_src == nullptr ? from->buffer : from->view_src->buffer;
+    if (memory == nullptr || ggml_backend_buffer_is_host(memory) || !ggml_is_contiguous(from) ||
+        ggml_nbytes(from) != ggml_nbytes(to)) {
+        return false;
+    }
+    ggml_backend_tensor_get_async(source, from, to->data, 0, ggml_nbytes(from));
+    std::vector<ggml_backend_t> & sources = state_of(backend).sources;
+    if (std::find(sources.begin(), sources.end(), source) == sources.end()) {
+        sources.push_back(source);
+    }
+    return true;
 }
 
 ggml_guid_t backend_guid() {
@@ -138,14 +166,15 @@ void device_get_props(ggml_backend_dev_t dev, ggml_backend_dev_props * props) {
 
 ggml_backend_t device_init_backend(ggml_backend_dev_t dev, const char *) {
     try {
-        auto state                = std::make_unique<backend_state>(register_instance());
-        ggml_backend_t made       = new ggml_backend{};
-        made->guid                = backend_guid();
-        made->iface.get_name      = backend_get_name;
-        made->iface.free          = backend_free;
-        made->iface.graph_compute = backend_graph_compute;
-        made->device              = dev;
-        made->context             = state.release();
+        auto state                   = std::make_unique<backend_state>(register_instance());
+        ggml_backend_t made          = new ggml_backend{};
+        made->guid                   = backend_guid();
+        made->iface.get_name         = backend_get_name;
+        made->iface.free             = backend_free;
+        made->iface.cpy_tensor_async = backend_cpy_tensor_async;
+        made->iface.graph_compute    = backend_graph_compute;
+        made->device                 = dev;
+        made->context                = state.release();
         return made;
     } catch (const std::exception & error) {
         std::fprintf(stderr, "HybriMoE: %s\n", error.what());

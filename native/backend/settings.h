@@ -1,22 +1,73 @@
 // What the host may set before a llama_context is made. Each backend instance keeps the settings it was created with.
 #pragma once
 
+#include <cstdint>
+#include <optional>
 #include <string>
+#include <vector>
 
 namespace hybrimoe {
 
 // Who computes experts on the CPU: ggml's kernels, our best for this CPU, or ours for one instruction set.
 enum class cpu_kernels { ggml, best, named };
 
+// How much of the accelerators' memory experts may take.
+struct expert_cache_size {
+    enum class kind { automatic, slots, bytes, fraction };
+
+    kind is         = kind::automatic; // what is free, less the margin
+    int64_t n_slots = 0;               // per layer, all devices together
+    double n_bytes  = 0.0;             // all layers and devices together
+    double fraction = 0.0;             // of the experts
+    bool is_off() const { return is == kind::slots && n_slots == 0; }
+};
+
+// Every expert alike: for tests and experiments. Microseconds.
+struct simple_costs {
+    double cpu_us = 0.0, cpu_first_us = 0.0, gpu_us = 0.0, copy_us = 0.0;
+};
+
+// What goes wrong on purpose, for tests. Counts start at 1; 0: never.
+struct fault_plan {
+    int64_t fail_copy_every  = 0; // every n-th copy fails
+    int64_t stick_copy       = 0; // the n-th copy does not end for stick_us
+    int64_t stick_us         = 0;
+    int64_t delay_copy_us    = 0;  // added to every copy
+    int64_t fail_alloc_from  = 0;  // this device allocation and all after it give nothing
+    int64_t fail_alloc_until = 0;  // ... up to this one; 0: without end
+    int64_t free_bytes       = -1; // what devices report as free; below 0: the truth
+};
+
 struct settings {
     cpu_kernels kernels = cpu_kernels::best;
     std::string kernel_set; // with cpu_kernels::named: "avx512", "avxvnni", "avx2" or "scalar"
+
+    bool all_devices = true;          // every GPU that ggml has; else those named
+    std::vector<std::string> devices; // ggml's names, e.g. "CUDA0"; "CPU" is a second CPU backend
+    expert_cache_size expert_cache;
+    int64_t fit_margin_bytes = int64_t{1} << 30;
+    std::string cache_policy = "mrs"; // each as "name" or "name:param=value,..."
+    std::string schedule     = "two-threshold";
+    std::string prefetch     = "impact";
+    std::string admission    = "pays";
+    bool guard               = true;
+    bool live_costs          = true;
+    std::optional<simple_costs> simple;
+    std::string costs_json;            // cost section of a calibration; empty: measured at the start
+    int64_t max_batch_tokens = 512;    // work memory that is reserved for prefill
+    std::string route_trace;           // benchmark only: a file whose expert ids replace the router's
+    double throttle_bytes_per_s = 0.0; // benchmark only: copies are no faster
+    std::string state_path;            // residency is read from and written to this file; empty: not kept
+    bool log_to_stderr = true;
+    bool pin_experts   = false; // register the mapped file with the device, so that copies need no staging
+    fault_plan faults;
 };
 
 // Parses one JSON object over `base`. Throws std::invalid_argument naming the key and the values it may have.
 settings parse_settings(const std::string & json, settings base);
 
-// The process-wide settings that new instances copy; the environment (HYBRIMOE_CPU) gives the defaults.
+// The process-wide settings that new instances copy; the environment gives the defaults: HYBRIMOE_CONFIG (a JSON
+// object) and HYBRIMOE_CPU.
 settings current_settings();
 void set_current_settings(const settings & value);
 

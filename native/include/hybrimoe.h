@@ -16,7 +16,7 @@ extern "C" {
 #endif
 
 // Raised by one with every change of this header that an older caller would misread.
-#define HYBRIMOE_ABI_VERSION 1
+#define HYBRIMOE_ABI_VERSION 2
 
 HYBRIMOE_API int hybrimoe_abi_version(void);
 HYBRIMOE_API const char * hybrimoe_version(void);
@@ -27,10 +27,20 @@ HYBRIMOE_API int hybrimoe_ggml_backend_api_version(void);
 // Why the running ggml cannot be used, or NULL when it can. Call it before ggml_backend_load().
 HYBRIMOE_API const char * hybrimoe_check_ggml(void);
 
-// Sets what backend instances created from now on use; instances that exist keep their settings.
-// `json` is one object; known key: "cpu_kernels" ("auto", "ggml",
-// "avx512", "avxvnni", "avx2", "scalar"). Returns 0, or -1 with a message in `error` and nothing
-// changed.
+// Sets what backend instances created from now on use; instances that exist keep their settings. `json` is one object:
+//   "cpu_kernels"       "auto", "ggml", "avx512", "avxvnni", "avx2" or "scalar"
+//   "devices"           accelerators: "auto" (every GPU that ggml has) or a list of ggml's device names
+//   "expert_cache"      "auto" (what is free), slots per layer, {"bytes": n} or {"fraction": f}; 0: none
+//   "fit_margin_bytes"  device memory that stays free with "auto"
+//   "cache_policy", "schedule", "prefetch", "admission"   policies of the core, "name" or "name:param=value,..."
+//   "guard", "live_costs", "pin_experts", "log_to_stderr" true or false
+//   "costs"             null (measured at the start), the cost section of a calibration, or for every expert alike
+//                       {"cpu_us", "cpu_first_us", "gpu_us", "copy_us"}
+//   "max_batch_tokens"  work memory that is kept free for prefill
+//   "state_path"        file that keeps which experts were resident
+//   "route_trace", "throttle_link_bytes_per_s", "faults"  for benchmarks and tests
+// The environment variable HYBRIMOE_CONFIG holds the same for hosts that do not call this. Returns 0, or -1 with a
+// message in `error` and nothing changed.
 HYBRIMOE_API int hybrimoe_configure(const char * json, char * error, size_t error_size);
 
 // llama.cpp creates one backend instance per llama_context. Ids start at 1 and are never used twice.
@@ -48,6 +58,15 @@ struct hybrimoe_layer_counters {
     double router_us;            // router, top-k and weights
     double experts_us;           // expert FFNs
     double merge_us;             // weighted sum over a token's experts
+    double plan_us;              // planning and launching
+    double wait_us;              // for accelerators, once the CPU's share was done
+    uint64_t n_hits;             // (expert, step) pairs whose expert was resident
+    uint64_t n_misses;           // ... was not
+    uint64_t n_late;             // ... was being copied; counted among the misses
+    uint64_t n_evictions;
+    uint64_t n_copies;           // experts sent to accelerators, for whatever reason
+    uint64_t n_prefetched;       // of these, speculative ones
+    uint64_t h2d_bytes;          // of all copies
 };
 
 // Number of layers for which the instance holds counters (highest layer index seen + 1); 0 for an unknown instance.
@@ -57,6 +76,16 @@ HYBRIMOE_API int hybrimoe_get_layer_counters(uint64_t instance, int32_t layer, s
 // Nodes computed outside any recognised MoE block (evaluation callbacks, unmatched graphs), by ggml's CPU backend.
 HYBRIMOE_API uint64_t hybrimoe_n_nodes_delegated(uint64_t instance);
 HYBRIMOE_API int hybrimoe_reset_counters(uint64_t instance);
+
+// The dispatch's state as one JSON object: devices with their slots and costs, statistics, guard. Writes at most `size`
+// bytes with the terminating 0 and returns the length that the whole text has, or -1 for an unknown instance.
+HYBRIMOE_API int64_t hybrimoe_describe_state(uint64_t instance, char * out, size_t size);
+// device[e]: the accelerator that holds expert e of the layer (0-based), or -1. Returns the layer's number of experts
+// (at most `capacity` are written), or -1 for an unknown instance or layer.
+HYBRIMOE_API int32_t hybrimoe_residency(uint64_t instance, int32_t layer, int32_t * device, int32_t capacity);
+// The first line that the dispatch logged after number `after` (0: from the start). Returns its number, or 0 if there is
+// none; the text is cut to `size`.
+HYBRIMOE_API uint64_t hybrimoe_next_event(uint64_t instance, uint64_t after, char * line, size_t size);
 
 #ifdef __cplusplus
 }

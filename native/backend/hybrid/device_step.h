@@ -1,0 +1,118 @@
+// One accelerator's share of one layer in one step.
+#pragma once
+
+#include "accelerator/device_compute.h"
+#include "accelerator/device_worker.h"
+
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <vector>
+
+namespace hybrimoe {
+
+// An accelerator with everything that runs on it.
+struct accelerator {
+    accelerator(ggml_backend_dev_t device, int index, const settings & config, const step_clock & clock);
+    ~accelerator();
+
+    // An event of the scratch slot's last user, recorded on the computing instance; null where there are no events.
+    ggml_backend_event_t scratch_event(int slot) const {
+        return scratch_events.empty() ? nullptr : scratch_events[static_cast<size_t>(slot)];
+    }
+
+    device_port port;
+    std::vector<slot_set> slots;   // per layer
+    std::vector<slot_set> scratch; // per class: experts that prefill streams through
+    std::vector<ggml_backend_event_t> scratch_events;
+    device_compute compute;
+    device_worker worker; // last: its thread uses what stands above
+};
+
+constexpr int n_scratch_slots = 4;
+
+// An active expert that the plan gave to this accelerator.
+struct device_item {
+    int expert          = 0;
+    int n_tokens        = 1;
+    int slot            = 0;
+    const slot_set * on = nullptr;
+    int64_t transfer    = 0;     // what it waits for; 0: it is resident
+    bool is_scratch     = false; // in a scratch slot
+    bool done           = false; // computed: its rows are among the results
+};
+
+// The step's pairs, as the router gave them.
+struct routed_pairs {
+    int64_t n_tokens      = 0;
+    int32_t top_k         = 0;
+    const int32_t * ids   = nullptr; // [top_k, n_tokens]
+    const float * weights = nullptr; // [top_k, n_tokens]
+    const float * x       = nullptr; // [n_embd, n_tokens]
+    size_t x_token_bytes  = 0;
+    bool exact            = false; // rows are wanted one by one, to be summed in ggml's order
+};
+
+// Filled in by the computing thread and run by it and the device's worker, never by both at once. A step whose copies
+// do not come in time is abandoned; the worker touches it no more then.
+class device_step : public worker_call {
+public:
+    explicit device_step(accelerator & device) : device_(device) {}
+
+    void begin(const expert_layout & layout, const routed_pairs & pairs);
+    std::vector<device_item> & items() { return items_; }
+    const std::vector<device_item> & items() const { return items_; }
+    bool has_work() const { return !items_.empty(); }
+
+    // Starts the computation. Copies for this step's items are in `orders`, in the order of the items that wait for
+    // one; those whose transfer was ordered in an earlier step have no order here (layout is null).
+    void launch(const std::vector<copy_order> & orders);
+    // Waits until all is computed, or until the timeout has passed with a copy outstanding: then the items that wait
+    // are not done, and the step is abandoned (true).
+    bool finish(double timeout_us);
+
+    // Row [n_embd] of pair (token, k), from finish until the next begin; null where this device has none. With a batch
+    // only if rows were wanted exactly.
+    const float * row(int64_t token, int32_t k) const;
+    bool has_pair(int64_t token, int32_t k) const;
+    // Adds the weighted rows of this device to y [n_embd, n_tokens].
+    void add_to(float * y, size_t y_token_bytes) const;
+
+    void run(int stage) override;
+
+private:
+    bool is_decode() const { return pairs_.n_tokens == 1; }
+    const device_item * find(int32_t expert) const;
+    void launch_lane(int lane, bool waiting);
+    void run_decode_stage();
+    void run_batch_stage(size_t stage);
+    void begin_batch();
+    void launch_items(const size_t * which, size_t n);
+    void end_batch();
+
+    accelerator & device_;
+    const expert_layout * layout_ = nullptr;
+    routed_pairs pairs_;
+    std::vector<device_item> items_;
+    std::vector<int32_t> item_of_; // [n_expert]; -1: not here
+
+    // decode
+    std::vector<int32_t> slots_, experts_;
+    std::vector<std::pair<int, int>> lane_row_; // per item
+    // batch
+    std::vector<size_t> waiting_, resident_;
+    std::vector<std::vector<int32_t>> pairs_of_; // per item: token * top_k + k
+    std::vector<int32_t> row_of_pair_;           // [top_k, n_tokens]; -1: none
+    std::vector<int32_t> sum_rows_;
+    std::vector<float> sum_weights_;
+    pair_list chunk_;
+    bool batch_open_ = false;
+    bool batch_sum_  = false; // the result is one row per token
+
+    std::mutex mutex_;
+    std::condition_variable done_;
+    bool pending_   = false; // the worker has a stage left
+    bool abandoned_ = false;
+};
+
+} // namespace hybrimoe

@@ -1,0 +1,512 @@
+// hybrid_dispatch: from the first pass to the first plan, and changes of the caches' size.
+#include "hybrid/cost_source.h"
+#include "hybrid/hybrid_dispatch.h"
+#include "hybrid/policy_text.h"
+#include "hybrid/state_file.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <stdexcept>
+
+namespace hybrimoe {
+
+namespace {
+
+constexpr double drain_timeout_us = 5e6;
+
+double gib(double bytes) {
+    return bytes / (1 << 30);
+}
+
+// Ids of copies that no plan has asked for.
+int64_t fill_id(int key) {
+    return -2 - static_cast<int64_t>(key);
+}
+
+int key_of_fill(int64_t id) {
+    return static_cast<int>(-2 - id);
+}
+
+} // namespace
+
+bool hybrid_dispatch::open_devices() {
+    try {
+        for (ggml_backend_dev_t device : choose_devices(config_)) {
+            if (devices_.size() == max_devices) {
+                log_.add("more than %d accelerators: the others are not used", max_devices);
+                break;
+            }
+            auto made = std::make_unique<accelerator>(device, static_cast<int>(devices_.size()), config_, clock_);
+            made->slots.resize(static_cast<size_t>(book_.n_layers()));
+            made->scratch.resize(static_cast<size_t>(book_.n_classes()));
+            std::vector<const expert_layout *> layouts;
+            for (int layer = 0; layer < book_.n_layers(); layer++) {
+                layouts.push_back(&book_.layer(layer).layout);
+            }
+            if (!made->compute.reserve(layouts, book_.max_top_k())) {
+                log_.add("%s has no memory left: all experts on the CPU", made->port.name().c_str());
+                continue;
+            }
+            devices_.push_back(std::move(made));
+        }
+    } catch (const std::exception & error) {
+        log_.add("no accelerator: %s", error.what());
+        devices_.clear();
+    }
+    for (auto & device : devices_) {
+        steps_.push_back(std::make_unique<device_step>(*device));
+    }
+    return !devices_.empty();
+}
+
+// As many slots for each layer as the budget holds, then one more for as many layers as the rest allows.
+std::vector<int> hybrid_dispatch::slots_for_budget(const accelerator & device, double budget) const {
+    const int n_layers = book_.n_layers();
+    std::vector<int> slots(static_cast<size_t>(n_layers), 0);
+    std::vector<double> bytes(static_cast<size_t>(n_layers), 0.0);
+    double sum = 0.0;
+    for (int layer = 0; layer < n_layers; layer++) {
+        const expert_layout & layout = book_.layer(layer).layout;
+        if (device_compute::supports(device.port, layout)) {
+            bytes[static_cast<size_t>(layer)] =
+                static_cast<double>(slot_set::needed_bytes(device.port, layout, 16)) / 16.0;
+            sum += bytes[static_cast<size_t>(layer)];
+        }
+    }
+    if (sum <= 0.0 || budget <= 0.0) {
+        return slots;
+    }
+    const int each = static_cast<int>(std::min(budget / sum, 1e6));
+    double left    = budget - each * sum;
+    for (size_t layer = 0; layer < slots.size(); layer++) {
+        const bool one_more = bytes[layer] > 0.0 && bytes[layer] <= left;
+        left -= one_more ? bytes[layer] : 0.0;
+        slots[layer] = bytes[layer] > 0.0 ? each + (one_more ? 1 : 0) : 0;
+    }
+    return slots;
+}
+
+void hybrid_dispatch::size_caches(std::vector<std::vector<int>> & slots) {
+    const expert_cache_size & size = config_.expert_cache;
+    std::vector<double> free;
+    for (const auto & device : devices_) {
+        double work = 0.0;
+        for (int cls = 0; cls < book_.n_classes(); cls++) {
+            const expert_layout & layout = book_.of_class(cls).layout;
+            work = std::max(work, static_cast<double>(device_compute::batch_bytes(layout, config_.max_batch_tokens,
+                                                                                  book_.max_top_k())));
+            work += n_scratch_slots * static_cast<double>(layout.expert_bytes());
+        }
+        free.push_back(std::max(0.0, static_cast<double>(device->port.free_bytes()) - work));
+    }
+    const double all_free = std::accumulate(free.begin(), free.end(), 0.0);
+    slots.clear();
+    for (size_t d = 0; d < devices_.size(); d++) {
+        const double share = all_free > 0.0 ? free[d] / all_free : 1.0 / static_cast<double>(devices_.size());
+        switch (size.is) {
+        case expert_cache_size::kind::automatic:
+            slots.push_back(slots_for_budget(*devices_[d], free[d] - static_cast<double>(config_.fit_margin_bytes)));
+            break;
+        case expert_cache_size::kind::bytes:
+            slots.push_back(slots_for_budget(*devices_[d], size.n_bytes * share));
+            break;
+        default: {
+            std::vector<int> one;
+            for (int layer = 0; layer < book_.n_layers(); layer++) {
+                const double n    = size.is == expert_cache_size::kind::slots
+                                        ? static_cast<double>(size.n_slots)
+                                        : std::round(size.fraction * book_.layer(layer).layout.n_expert);
+                const bool usable = device_compute::supports(devices_[d]->port, book_.layer(layer).layout);
+                one.push_back(usable ? static_cast<int>(std::ceil(n * share - 1e-9)) : 0);
+            }
+            slots.push_back(std::move(one));
+        }
+        }
+    }
+    // No layer has more slots than experts, on all devices together.
+    for (int layer = 0; layer < book_.n_layers(); layer++) {
+        int left = book_.layer(layer).layout.n_expert;
+        for (auto & of_device : slots) {
+            int & n = of_device[static_cast<size_t>(layer)];
+            n       = std::min(n, left);
+            left -= n;
+        }
+    }
+}
+
+void hybrid_dispatch::allocate_slots(std::vector<std::vector<int>> & slots) {
+    for (size_t d = 0; d < devices_.size(); d++) {
+        accelerator & device = *devices_[d];
+        int most             = book_.max_experts();
+        bool told            = false;
+        for (int layer = 0; layer < book_.n_layers(); layer++) {
+            int & n = slots[d][static_cast<size_t>(layer)];
+            n       = std::min(n, most);
+            while (n > 0 &&
+                   !device.slots[static_cast<size_t>(layer)].allocate(device.port, book_.layer(layer).layout, n)) {
+                n    = n / 2;
+                most = n;
+                if (!told) {
+                    log_.add("%s ran out of memory while slots were made: fewer experts are cached",
+                             device.port.name().c_str());
+                    told = true;
+                }
+            }
+        }
+        bool has_any = false;
+        for (const int n : slots[d]) {
+            has_any = has_any || n > 0;
+        }
+        for (int cls = 0; has_any && cls < book_.n_classes(); cls++) {
+            const expert_layout & layout = book_.of_class(cls).layout;
+            if (device_compute::supports(device.port, layout)) {
+                device.scratch[static_cast<size_t>(cls)].allocate(device.port, layout, n_scratch_slots);
+            }
+        }
+    }
+}
+
+bool hybrid_dispatch::make_costs(cost_model & out) {
+    const int n_devices = static_cast<int>(devices_.size());
+    status made;
+    if (config_.simple) {
+        made = simple_cost_model(*config_.simple, book_, n_devices, out);
+    } else {
+        if (!config_.costs_json.empty()) {
+            made = calibrated_cost_model(config_.costs_json, book_, n_devices, out);
+            if (made.ok()) {
+                return true;
+            }
+            log_.add("%s; measuring instead", made.message());
+        }
+        made = measured_cost_model(book_, devices_, timer_, clock_, out);
+    }
+    if (!made.ok()) {
+        log_.add("no costs (%s): all experts on the CPU", made.message());
+    }
+    return made.ok();
+}
+
+status hybrid_dispatch::make_runtime(const cost_model & costs, const std::vector<std::vector<int>> & slots) {
+    runtime_config made;
+    model_shape & shape  = made.cache.shape;
+    shape.n_layers       = book_.n_layers();
+    shape.n_expert       = book_.max_experts();
+    shape.top_k          = book_.max_top_k();
+    made.cache.n_devices = static_cast<int>(devices_.size());
+    for (const auto & of_device : slots) {
+        made.cache.n_slots.insert(made.cache.n_slots.end(), of_device.begin(), of_device.end());
+    }
+    HYBRIMOE_TRY(make_policy(eviction_policies(), config_.cache_policy, shape, made.eviction));
+    HYBRIMOE_TRY(make_policy(admission_policies(), config_.admission, shape, made.admission));
+    HYBRIMOE_TRY(make_policy(schedulers(), config_.schedule, shape, made.schedule));
+    HYBRIMOE_TRY(make_policy(prefetchers(), config_.prefetch, shape, made.prefetch));
+    parsed_policy eviction;
+    HYBRIMOE_TRY(parsed_policy::parse(config_.cache_policy, eviction));
+    const policy_entry<eviction_policy> * entry = nullptr;
+    HYBRIMOE_TRY(find_entry(eviction_policies(), eviction.name.c_str(), entry));
+    needs_scores_ = entry->traits.needs_scores;
+    if (entry->traits.oracle) {
+        return status::fail(error_code::invalid_argument, "the cache policy %s knows the future: it is for simulations",
+                            eviction.name.c_str());
+    }
+    horizon_   = made.prefetch->horizon() > 0 ? made.prefetch->max_horizon() : 0;
+    made.costs = costs;
+    return runtime::create(std::move(made), runtime_);
+}
+
+void hybrid_dispatch::set_up() {
+    phase_ = phase::off;
+    book_.close();
+    if (!config_.route_trace.empty()) {
+        try {
+            trace_.load(config_.route_trace);
+        } catch (const std::exception & error) {
+            log_.add("%s", error.what());
+        }
+    }
+    if (book_.n_layers() == 0 || config_.expert_cache.is_off() || !open_devices()) {
+        return;
+    }
+    std::vector<std::vector<int>> slots;
+    size_caches(slots);
+    allocate_slots(slots);
+    wanted_slots_ = slots;
+    shrink_.assign(devices_.size(), 1.0);
+    is_suspended_.assign(devices_.size(), false);
+    orders_.resize(devices_.size());
+    double cached = 0.0;
+    for (const auto & device : devices_) {
+        for (const slot_set & set : device->slots) {
+            cached += static_cast<double>(set.n_bytes());
+        }
+    }
+    if (cached == 0.0) {
+        log_.add("no memory on the accelerator is free for experts: all of them on the CPU");
+        devices_.clear();
+        steps_.clear();
+        return;
+    }
+    if (!make_costs(costs_)) {
+        devices_.clear();
+        steps_.clear();
+        return;
+    }
+    live_             = config_.live_costs && !config_.simple && cost_estimator::create(costs_, {}, estimator_).ok();
+    const status made = make_runtime(costs_, slots);
+    if (!made.ok()) {
+        log_.add("%s: all experts on the CPU", made.message());
+        devices_.clear();
+        steps_.clear();
+        return;
+    }
+    if (config_.pin_experts) {
+        pin_experts();
+    }
+    fill_caches();
+    if (horizon_ > 0) {
+        routers_.load(book_);
+    }
+    phase_ = phase::ready;
+    announce();
+}
+
+// Registers each layer's tensors; the kernel pins whole pages.
+void hybrid_dispatch::pin_experts() {
+    size_t n_pinned = 0;
+    size_t n_ranges = 0;
+    for (int layer = 0; layer < book_.n_layers(); layer++) {
+        const expert_layout & layout = book_.layer(layer).layout;
+        for (const expert_part & part : layout.parts) {
+            if (!part.is_matrix()) {
+                continue;
+            }
+            const size_t bytes = part.stride_bytes * static_cast<size_t>(layout.n_expert);
+            n_ranges++;
+            for (auto & device : devices_) {
+                if (device->port.register_host(const_cast<char *>(part.host), bytes)) {
+                    n_pinned++;
+                }
+            }
+        }
+    }
+    log_.add("pinned %zu of %zu expert tensors for copies without staging", n_pinned, n_ranges * devices_.size());
+}
+
+// What was resident when the model was last used, else the first experts.
+void hybrid_dispatch::fill_caches() {
+    std::vector<std::vector<int32_t>> preferred;
+    if (!config_.state_path.empty()) {
+        std::string problem;
+        if (!read_state(config_.state_path, book_, preferred, problem)) {
+            log_.add("%s: starting with a cold expert cache", problem.c_str());
+        }
+    }
+    preferred.resize(static_cast<size_t>(book_.n_layers()));
+    for (int layer = 0; layer < book_.n_layers(); layer++) {
+        std::vector<int32_t> & order = preferred[static_cast<size_t>(layer)];
+        const size_t n_preferred     = order.size();
+        for (int32_t e = 0; e < book_.layer(layer).layout.n_expert; e++) {
+            if (std::find(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(n_preferred), e) ==
+                order.begin() + static_cast<std::ptrdiff_t>(n_preferred)) {
+                order.push_back(e);
+            }
+        }
+        size_t at = 0;
+        for (size_t d = 0; d < devices_.size(); d++) {
+            const slot_set & set = devices_[d]->slots[static_cast<size_t>(layer)];
+            for (int i = 0; i < set.n_slots() && at < order.size(); i++, at++) {
+                load_result loaded;
+                if (runtime_->cache().begin_load(layer, order[at], static_cast<int>(d), false, loaded).ok()) {
+                    copy_now(static_cast<int>(d), layer, order[at], loaded.slot, true);
+                }
+            }
+        }
+    }
+    settle_fills();
+}
+
+void hybrid_dispatch::copy_now(int device, int layer, int expert, int slot, bool is_load) {
+    copy_order order;
+    order.id     = is_load ? fill_id(runtime_->cache().shape().key(layer, expert)) : -1;
+    order.layout = &book_.layer(layer).layout;
+    order.slots  = &devices_[static_cast<size_t>(device)]->slots[static_cast<size_t>(layer)];
+    order.expert = expert;
+    order.slot   = slot;
+    devices_[static_cast<size_t>(device)]->worker.copy(order, false);
+}
+
+// Waits for the copies of fill_caches and reload.
+void hybrid_dispatch::settle_fills() {
+    const model_shape & shape = runtime_->cache().shape();
+    for (size_t d = 0; d < devices_.size(); d++) {
+        accelerator & device = *devices_[d];
+        const double begin   = clock_.now_us();
+        while (!device.worker.wait_idle(drain_timeout_us)) {
+            if (clock_.now_us() - begin > 60 * drain_timeout_us) {
+                is_suspended_[d] = true;
+                log_.add("%s does not finish its copies: set aside", device.port.name().c_str());
+                return;
+            }
+        }
+        device.worker.collect(results_);
+        for (const copy_result & result : results_) {
+            if (result.id > -2) {
+                continue;
+            }
+            const int key = key_of_fill(result.id);
+            if (result.ok) {
+                runtime_->cache().complete_load(shape.layer_of(key), shape.expert_of(key));
+            } else {
+                runtime_->cache().fail_load(shape.layer_of(key), shape.expert_of(key));
+            }
+        }
+    }
+}
+
+void hybrid_dispatch::announce() const {
+    for (size_t d = 0; d < devices_.size(); d++) {
+        const accelerator & device = *devices_[d];
+        double bytes               = 0.0;
+        int64_t n_slots            = 0;
+        int64_t n_experts          = 0;
+        for (int layer = 0; layer < book_.n_layers(); layer++) {
+            bytes += static_cast<double>(device.slots[static_cast<size_t>(layer)].n_bytes());
+            n_slots += device.slots[static_cast<size_t>(layer)].n_slots();
+            n_experts += book_.layer(layer).layout.n_expert;
+        }
+        const int d_index = static_cast<int>(d);
+        log_.add("%s caches %lld of %lld experts (%.2f GiB, %.0f %%); an expert: CPU %.0f us, %s %.0f us, copy %.0f us",
+                 device.port.name().c_str(), static_cast<long long>(n_slots), static_cast<long long>(n_experts),
+                 gib(bytes),
+                 100.0 * static_cast<double>(n_slots) / static_cast<double>(std::max<int64_t>(1, n_experts)),
+                 costs_.t_cpu(0, 1, false), device.port.name().c_str(), costs_.t_gpu(0, d_index, 1),
+                 costs_.t_copy(d_index, costs_.of_layer(0).bytes));
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// caches of another size
+
+bool hybrid_dispatch::drain(double timeout_us) {
+    bool idle = true;
+    for (auto & device : devices_) {
+        idle = device->worker.wait_idle(timeout_us) && idle;
+    }
+    take_results();
+    return idle;
+}
+
+void hybrid_dispatch::relayout(int device, const std::vector<int> & slots) {
+    if (!drain(drain_timeout_us)) {
+        return;
+    }
+    accelerator & on = *devices_[static_cast<size_t>(device)];
+    on.compute.synchronize();
+    on.compute.forget_graphs();
+    std::vector<int> changed;
+    std::vector<slot_move> moves;
+    for (int layer = 0; layer < book_.n_layers(); layer++) {
+        const int n = slots[static_cast<size_t>(layer)];
+        if (n != on.slots[static_cast<size_t>(layer)].n_slots() && runtime_->resize(layer, device, n, moves).ok()) {
+            changed.push_back(layer);
+            on.slots[static_cast<size_t>(layer)].release(); // all first: there may be no room for both
+        }
+    }
+    for (const int layer : changed) {
+        slot_set & set = on.slots[static_cast<size_t>(layer)];
+        int n          = slots[static_cast<size_t>(layer)];
+        while (n > 0 && !set.allocate(on.port, book_.layer(layer).layout, n)) {
+            n /= 2;
+        }
+        if (n != slots[static_cast<size_t>(layer)]) {
+            runtime_->resize(layer, device, n, moves);
+        }
+        for (int32_t e = 0; e < book_.layer(layer).layout.n_expert; e++) {
+            const hybrimoe::residency at = runtime_->cache().lookup(layer, e);
+            if (at.device == device && at.slot >= 0 && at.state != slot_state::loading) {
+                copy_now(device, layer, e, at.slot, false);
+            }
+        }
+    }
+    settle_fills();
+}
+
+// Loads missing experts of layers that have room for more: whole layers of the static placement.
+void hybrid_dispatch::fill_layers(int device) {
+    for (int layer = 0; layer < book_.n_layers(); layer++) {
+        for (int32_t e = 0; e < book_.layer(layer).layout.n_expert; e++) {
+            load_result loaded;
+            if (runtime_->cache().n_slots(layer, device) > 0 &&
+                runtime_->cache().lookup(layer, e).state == slot_state::absent &&
+                runtime_->cache().n_available(layer, device, 1) > 0 &&
+                runtime_->cache().n_slots(layer, device) >= book_.layer(layer).layout.n_expert &&
+                runtime_->cache().begin_load(layer, e, device, false, loaded).ok()) {
+                copy_now(device, layer, e, loaded.slot, true);
+            }
+        }
+    }
+    settle_fills();
+}
+
+void hybrid_dispatch::watch_memory() {
+    const auto margin = static_cast<double>(config_.fit_margin_bytes);
+    for (size_t d = 0; d < devices_.size(); d++) {
+        if (config_.expert_cache.is != expert_cache_size::kind::automatic || devices_[d]->port.is_cpu() ||
+            guard_.level() == guard_level::static_layers) {
+            continue; // a size that the user gave stays
+        }
+        const auto free = static_cast<double>(devices_[d]->port.free_bytes());
+        double wanted   = 0.0;
+        for (int layer = 0; layer < book_.n_layers(); layer++) {
+            wanted += static_cast<double>(book_.layer(layer).layout.expert_bytes()) *
+                      wanted_slots_[d][static_cast<size_t>(layer)];
+        }
+        double share = shrink_[d];
+        if (free < margin / 2) {
+            share = std::max(0.0, share - std::max(0.1, (margin - free) / std::max(wanted, 1.0)));
+        } else if (share < 1.0 && free > margin * 1.25 + 0.1 * wanted) {
+            share = std::min(1.0, share + 0.1);
+        }
+        if (share != shrink_[d]) {
+            log_.add("%s has %.2f GiB free, %.2f GiB are kept: expert cache %.0f %% -> %.0f %% of its size",
+                     devices_[d]->port.name().c_str(), gib(free), gib(margin), 100.0 * shrink_[d], 100.0 * share);
+            shrink_[d] = share;
+            relayout(static_cast<int>(d), current_slots(d));
+        }
+    }
+}
+
+std::vector<int> hybrid_dispatch::current_slots(size_t device) const {
+    std::vector<int> slots = wanted_slots_[device];
+    for (int & n : slots) {
+        n = static_cast<int>(std::floor(n * shrink_[device] + 1e-9));
+    }
+    return slots;
+}
+
+// The first layers whole, as many as the memory of the cache holds.
+std::vector<int> hybrid_dispatch::static_slots(size_t device) const {
+    double budget = 0.0;
+    for (int layer = 0; layer < book_.n_layers(); layer++) {
+        budget += static_cast<double>(book_.layer(layer).layout.expert_bytes()) *
+                  static_cast<double>(wanted_slots_[device][static_cast<size_t>(layer)]) * shrink_[device];
+    }
+    std::vector<int> slots(static_cast<size_t>(book_.n_layers()), 0);
+    for (int layer = 0; layer < book_.n_layers(); layer++) {
+        const expert_layout & layout = book_.layer(layer).layout;
+        const double bytes           = static_cast<double>(layout.expert_bytes()) * layout.n_expert;
+        bool is_taken                = wanted_slots_[device][static_cast<size_t>(layer)] == 0;
+        for (size_t other = 0; other < device; other++) {
+            is_taken = is_taken || devices_[other]->slots[static_cast<size_t>(layer)].n_slots() == layout.n_expert;
+        }
+        if (!is_taken && bytes <= budget) {
+            slots[static_cast<size_t>(layer)] = layout.n_expert;
+            budget -= bytes;
+        }
+    }
+    return slots;
+}
+
+} // namespace hybrimoe
