@@ -9,7 +9,7 @@ NATIVE := $(shell find native -type f 2>/dev/null) CMakeLists.txt pyproject.toml
 SAN    ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help chat setup dev test test-all test-native lint format clean
+.PHONY: help chat setup dev test test-all test-native lint format reproduce clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -40,6 +40,9 @@ format: dev  ## rewrite sources as the linters want them
 	@$(VENV)/bin/ruff check --fix .
 	@$(VENV)/bin/ruff format .
 	@git ls-files 'native/*.cpp' 'native/*.h' 'native/*.c' | xargs $(VENV)/bin/clang-format -i
+
+reproduce: dev  ## docs/reproduction.md: published figures beside ours (needs HYBRIMOE_TRACES; some minutes)
+	@$(PY) tools/make_reproduction.py
 
 clean:  ## remove .venv and build products (models and downloads in your cache stay)
 	rm -rf $(VENV) build dist
