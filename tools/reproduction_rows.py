@@ -376,7 +376,7 @@ def busy_link(t: Traces) -> Iterator[Row]:
 
 
 def _drive(t: TraceFile, prefetch: str) -> tuple[float, float, int]:
-    """(stall before, stall after in us per token, tokens until it settles) of a 4x slower link at half of the tokens."""
+    """A 4x slower link at half of the tokens: us of stall per token before and after, tokens until it settles."""
     m = t.model
     section: dict[str, Any] = dict(open_machine("rtx3060-pcie4-ddr4").section(m))
     fast = Costs.from_calibration(section)

@@ -204,8 +204,8 @@ def _list_profiles() -> None:
 def _simulate(request: Request) -> int:
     from hybrimoe import machine
     from hybrimoe.simulate import report
-    from hybrimoe.simulate.plots import save
     from hybrimoe.simulate.run import run
+    from hybrimoe.trace.files import save
 
     if not request.traces:
         raise UsageError("simulate needs a trace", "hybrimoe trace record -o demo.trace")
@@ -298,22 +298,23 @@ def _draw(request: Request, points: list[Point], rows: list[Row]) -> None:
 
     from hybrimoe.simulate import plots
     from hybrimoe.simulate.run import load
+    from hybrimoe.trace.files import save
 
     # Pictures are of one trace; the table of the page has all.
     own = [(r, p) for r, p in zip(rows, points, strict=True) if p.trace == request.traces[0]]
     trace = load(request.traces[0], request.prompts, False).trace
     pictures = plots.figures([r for r, _ in own], [p for _, p in own], trace)
     if request.plot is not None:
-        plots.save(request.plot, plots.png(pictures[0][1]))
+        save(request.plot, plots.png(pictures[0][1]))
         note(f"wrote {request.plot}")
         for number, (_, figure) in enumerate(pictures[1:], start=2):
             path = request.plot.with_stem(f"{request.plot.stem}-{number}")
-            plots.save(path, plots.png(figure))
+            save(path, plots.png(figure))
             note(f"wrote {path}")
     if request.html is not None:
         notes = ["Times and speeds are simulated, never measured."] if request.profiles else []
         command = shlex.join(["hybrimoe", *sys.argv[1:]])
-        plots.save(request.html, plots.html_page(rows, pictures, command, notes).encode())
+        save(request.html, plots.html_page(rows, pictures, command, notes).encode())
         note(f"wrote {request.html}")
 
 

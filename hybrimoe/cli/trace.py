@@ -11,7 +11,7 @@ import typer
 
 from hybrimoe.cli.console import note, output_console, progress, warn
 from hybrimoe.cli.options import HELP_NAMES, finish
-from hybrimoe.errors import UsageError
+from hybrimoe.errors import EXIT_INTERRUPTED, EXIT_OK, UsageError
 
 _JSON = typer.Option("--json/--no-json", help="Print JSON.", show_default=False)
 _OUTPUT = typer.Option("-o", "--output", metavar="FILE", help="The file to write.", show_default=False)
@@ -143,7 +143,7 @@ def _record(
     conversation: bool,
     what: tuple[str, bool],
     force: bool,
-) -> None:
+) -> int:
     from hybrimoe.cli.console import stages
     from hybrimoe.cli.loading import model_path
     from hybrimoe.cli.prompt import read_text
@@ -174,7 +174,7 @@ def _record(
         plugin=False,
     )
     with stages() as update:
-        writer, notes = record(
+        recording = record(
             model,
             output,
             prompts,
@@ -191,12 +191,14 @@ def _record(
             },
             progress=update,
         )
-    for text in notes:
+    writer = recording.writer
+    for text in recording.notes:
         warn(text)
     note(
         f"wrote {output}: {writer.n_tokens} tokens, {writer.n_bytes / 1e6:.1f} MB",
         f"hybrimoe simulate {output} --html {output.stem}.html",
     )
+    return EXIT_INTERRUPTED if recording.interrupted else EXIT_OK
 
 
 def _info(path: Path, as_json: bool, with_metrics: bool, prompts: int | None, model: str | None) -> None:

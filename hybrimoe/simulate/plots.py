@@ -6,7 +6,6 @@ import base64
 import html
 import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrimoe.errors import HybrimoeError
@@ -155,16 +154,3 @@ def html_page(rows: Sequence[Row], pictures: Sequence[tuple[str, Figure]], comma
     parts.append(f"<h2>All combinations</h2><div><table>{line(head, 'th')}{body}</table></div>")
     parts.append(f'<p class="note">{html.escape(command)}</p></body></html>')
     return "\n".join(parts) + "\n"
-
-
-def save(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all."""
-    from hybrimoe.errors import from_os_error
-
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise from_os_error(error, f"write '{path}'") from error

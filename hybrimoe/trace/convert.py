@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import os
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from hybrimoe.errors import HybrimoeError, UsageError, from_os_error
+from hybrimoe.errors import HybrimoeError, UsageError
+from hybrimoe.trace.files import replacing
 from hybrimoe.trace.format import TraceFile
 from hybrimoe.trace.writer import TraceWriter
 
@@ -92,19 +91,6 @@ def _write_trace(trace: TraceFile, path: Path, without: frozenset[str], progress
     _check(writer)
 
 
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file that becomes `path` when all went well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    except OSError as error:
-        raise from_os_error(error, f"write '{path}'") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _write_npz(trace: TraceFile, path: Path, without: frozenset[str], _progress: Callable[[float], None]) -> None:
     import numpy as np
 
@@ -127,7 +113,7 @@ def _write_npz(trace: TraceFile, path: Path, without: frozenset[str], _progress:
     for name in ("weights", "scores", "lookahead"):
         if name not in without and getattr(trace, name) is not None:
             arrays[name] = getattr(trace, name)
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         np.savez_compressed(temporary, **arrays)
 
 
@@ -135,7 +121,7 @@ def _write_csv(trace: TraceFile, path: Path, _without: frozenset[str], progress:
     m = trace.model
     layers = m.layers or tuple(range(m.n_layers))
     prompt = _prompt_numbers(trace)
-    with _replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         _write_facts(file, trace, layers)
         out = csv.writer(file)
         out.writerow(("turn", "phase", "step", "layer", "slot", "expert", "weight"))

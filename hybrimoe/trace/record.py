@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from hybrimoe.generation import Sampling
     from hybrimoe.gguf_model import GgufModel
 
-__all__ = ["RecordOptions", "built_in_prompts", "record"]
+__all__ = ["RecordOptions", "Recording", "built_in_prompts", "record"]
 
 _NAME = re.compile(rb"ffn_moe_(logits|probs|topk|weights|weights_norm|weights_scaled|weights_softmax)-(\d+)")
 _ROUTER = b"ffn_gate_inp"
@@ -45,6 +45,15 @@ class RecordOptions:
 
     scores: str = "f16"
     lookahead: bool = True
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A closed recording: its writer, and notes for the user."""
+
+    writer: TraceWriter
+    notes: list[str]
+    interrupted: bool
 
 
 def built_in_prompts() -> list[str]:
@@ -300,15 +309,12 @@ def record(
     options: RecordOptions = RecordOptions(),
     source: dict[str, Any] | None = None,
     progress: Callable[[str, float], None] = lambda label, share: None,
-) -> tuple[TraceWriter, list[str]]:
+) -> Recording:
     """Runs the model over prompts, recording. Ctrl-C ends the recording; what was recorded stays.
 
     Args:
         engine_options: `plugin` must be False.
         conversation: put each prompt into the model's chat template.
-
-    Returns:
-        The closed writer, and notes for the user.
 
     Raises:
         TraceError: the model's layers differ in their experts.
@@ -319,12 +325,14 @@ def record(
     notes: list[str] = []
     writer = TraceWriter(output, identity_of(model), source=source)
     recorder = Recorder(model, writer, options)
+    interrupted = False
     try:
         with _callback_installed(recorder):
             engine = Engine(model.path, engine_options, progress=lambda share: progress("loading", share))
         with engine:
             _run(engine, recorder, prompts, sampling, n_predict, conversation, notes, progress)
     except KeyboardInterrupt:
+        interrupted = True
         notes.append("interrupted: what was recorded until then is kept")
     finally:
         if recorder.failure is None:
@@ -336,7 +344,7 @@ def record(
         raise HybrimoeError(writer.failure, "free some disk space, or choose another folder")
     if recorder.note:
         notes.append(recorder.note)
-    return writer, notes
+    return Recording(writer, notes, interrupted)
 
 
 def _run(

@@ -13,6 +13,7 @@ from typing import IO, TYPE_CHECKING, Any
 from hybrimoe.errors import UsageError, from_os_error
 from hybrimoe.trace.blocks import pack_block, pack_head
 from hybrimoe.trace.events import COLUMNS
+from hybrimoe.trace.files import replaceable
 from hybrimoe.trace.format import MAX_LOOKAHEAD, ModelIdentity, id_dtype
 
 if TYPE_CHECKING:
@@ -63,7 +64,9 @@ class TraceWriter:
         head: dict[str, Any] = {"model": asdict(model), "source": dict(source or {})}
         if run is not None:
             head["run"] = dict(run)
-        self._target = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp") if temporary else self.path
+        self._target = self.path
+        if temporary and replaceable(self.path):
+            self._target = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         try:
             self._file: IO[bytes] | None = self._target.open("wb")
         except OSError as error:

@@ -20,11 +20,11 @@ from hybrimoe.trace.record import RecordOptions, built_in_prompts, record
 def recorded(path: Path, output: Path, *, n_predict: int = 5, n_ubatch: int = 512, n_ctx: int = 128) -> TraceFile:
     options = EngineOptions(n_ctx=n_ctx, n_threads=1, n_ubatch=n_ubatch, warmup=False, plugin=False)
     texts = ["one two three four five six seven", "eight nine"]
-    writer, _ = record(
+    recording = record(
         inspect(path), output, texts, options, sampling=Sampling(temp=0), n_predict=n_predict, conversation=False,
         options=RecordOptions("f32"),
     )  # fmt: skip
-    assert not writer.failure
+    assert not recording.writer.failure and not recording.interrupted
     return read(output)
 
 
