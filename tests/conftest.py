@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -47,3 +48,21 @@ def demo_model() -> Path:
     from hybrimoe.models import store
 
     return store.build_demo()
+
+
+@pytest.fixture(scope="session")
+def llama_cpp_bin() -> Path:
+    """The folder of plain llama.cpp's own programs; built once (minutes) unless HYBRIMOE_LLAMA_CPP_BIN names them."""
+    result = subprocess.run([sys.executable, str(TOOLS / "build_llama_cpp.py")], stdout=subprocess.PIPE, text=True)
+    assert result.returncode == 0, "tools/build_llama_cpp.py failed, see above"
+    return Path(result.stdout.strip())
+
+
+@pytest.fixture(scope="session")
+def architecture_models(llama_cpp_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny models, one for each architecture, that llama.cpp's own tests use (900 MB)."""
+    folder = tmp_path_factory.mktemp("architectures")
+    command = [str(llama_cpp_bin / "test-llama-archs"), "-s", "1", "-o", str(folder)]
+    result = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder

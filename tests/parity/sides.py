@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,14 @@ class Reply:
 
 
 class Side:
-    """A worker process, started when first asked and again after it died. `cpu` is its HYBRIMOE_CPU."""
+    """A worker process, started when first asked and again after it died.
 
-    def __init__(self, kind: str, folder: Path, cpu: str = "") -> None:
+    `cpu` is its HYBRIMOE_CPU, `environment` what else its environment holds.
+    """
+
+    def __init__(self, kind: str, folder: Path, cpu: str = "", environment: Mapping[str, str] | None = None) -> None:
         self.kind = kind
-        self._cpu = cpu
+        self._environment = {"HYBRIMOE_CPU": cpu, **(environment or {})}
         self._folder = folder
         self._process: subprocess.Popen[str] | None = None
         self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the side
@@ -80,7 +84,7 @@ class Side:
                 stderr=self._stderr,
                 text=True,
                 # Threads that wait sleep instead of spinning: on a busy machine spinning teams slow each other down.
-                env={**os.environ, "OMP_WAIT_POLICY": "passive", "GGML_NO_BACKTRACE": "1", "HYBRIMOE_CPU": self._cpu},
+                env={**os.environ, "OMP_WAIT_POLICY": "passive", "GGML_NO_BACKTRACE": "1", **self._environment},
             )
         process = self._process
         assert process.stdin is not None and process.stdout is not None

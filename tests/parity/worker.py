@@ -30,11 +30,17 @@ def random_tokens(model: Model, n: int, seed: int = 0) -> list[int]:
 
 
 def counted(context: Context) -> Facts:
-    return {
+    facts: Facts = {
         "instance": context.instance,
         "layers": [asdict(layer) for layer in context.counters()],
         "n_nodes_delegated": context.n_nodes_delegated(),
     }
+    plugin = context.model.plugin
+    if plugin is not None:
+        facts["state"] = plugin.state(context.instance)
+        facts["events"] = [line for _, line in plugin.events(context.instance)]
+        facts["residency"] = {n["layer"]: plugin.residency(context.instance, n["layer"]) for n in facts["layers"]}
+    return facts
 
 
 def run_prompt(context: Context, tokens: list[int], n_prefill: int, name: str, arrays: Arrays, **options: Any) -> None:
@@ -205,7 +211,8 @@ SCENARIOS: dict[str, Callable[..., tuple[Arrays, Facts]]] = {
 
 def answer(request: dict[str, Any], plugin: bool, folder: Path, number: int) -> dict[str, Any]:
     scenario = SCENARIOS[request.pop("scenario")]
-    options = {"repack": request.pop("repack", False), "mmap": request.pop("mmap", True)}
+    options = {"repack": request.pop("repack", False)}
+    options |= {name: request.pop(name) for name in ("mmap", "settings", "backends", "n_gpu_layers") if name in request}
     try:
         with Model(request.pop("model"), plugin=plugin, **options) as model:
             arrays, facts = scenario(model, **request)
