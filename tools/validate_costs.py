@@ -9,10 +9,12 @@ machine.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from hybrimoe import calibration
 from hybrimoe.errors import HybrimoeError, render
 from hybrimoe.gguf_model import GgufModel, inspect
+from hybrimoe.native.probe import FfnShape
 
+_N_TRIES = 3  # a disturbed probe is refused
 _PROMPT = "The history of computing begins with"
 
 
@@ -77,13 +81,20 @@ def parameters(found: calibration.Calibration) -> dict[str, float]:
     return out
 
 
+def _probe(shapes: Sequence[FfnShape], seconds: float, n_threads: int) -> calibration.Calibration:
+    for _ in range(_N_TRIES - 1):
+        with contextlib.suppress(calibration.CalibrationError):
+            return calibration.probe(shapes, seconds=seconds, n_threads=n_threads, devices=())
+    return calibration.probe(shapes, seconds=seconds, n_threads=n_threads, devices=())
+
+
 def validate(path: Path, *, seconds: float, n_threads: int, n_tokens: int, n_ctx: int) -> dict[str, Any]:
     """One model. Raises HybrimoeError (a disturbed probe among others)."""
     model = inspect(path).require_moe()
     shapes = calibration.model_shapes(model)
-    first = calibration.probe(shapes, seconds=seconds, n_threads=n_threads, devices=())
+    first = _probe(shapes, seconds, n_threads)
     measured = measure(path, n_threads, n_tokens, n_ctx)
-    second = calibration.probe(shapes, seconds=seconds, n_threads=n_threads, devices=())
+    second = _probe(shapes, seconds, n_threads)
     predicted = predict(model, first, n_ctx)
     one, two = parameters(first), parameters(second)
     return {

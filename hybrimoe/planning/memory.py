@@ -20,6 +20,7 @@ _PROCESS_BYTES = 300 << 20
 _STAGING_BYTES = 256 << 20
 _CTX_STEP = 256
 _LEAST_CTX = 512
+_LOG_STEP = (1 << 20) // 50
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def measure_needs(model: GgufModel, setting: Setting) -> Needs:
     from hybrimoe.errors import ModelError
 
     try:
-        buffers = dry_load(model, setting.load_shape())
+        buffers = _unrounded(dry_load(model, setting.load_shape()), model, setting)
         exact, source = True, "llama.cpp's own dry run"
     except ModelError:
         raise
@@ -126,10 +127,20 @@ def measure_needs(model: GgufModel, setting: Setting) -> Needs:
     )
 
 
-def _estimated(model: GgufModel, setting: Setting) -> tuple[Buffers, str]:
+def _kv_by_shape(model: GgufModel, setting: Setting) -> int:
     from hybrimoe.engine import KV_TYPES
 
-    kv = model.kv.bytes_for(setting.n_ctx, KV_TYPES[setting.cache_type_k][1], KV_TYPES[setting.cache_type_v][1])
+    return model.kv.bytes_for(setting.n_ctx, KV_TYPES[setting.cache_type_k][1], KV_TYPES[setting.cache_type_v][1])
+
+
+def _unrounded(buffers: Buffers, model: GgufModel, setting: Setting) -> Buffers:
+    """llama.cpp logs hundredths of a MiB: where heads and context give the same size, theirs has no rounding."""
+    by_shape = _kv_by_shape(model, setting)
+    return replace(buffers, kv_bytes=by_shape) if abs(by_shape - buffers.kv_bytes) <= _LOG_STEP else buffers
+
+
+def _estimated(model: GgufModel, setting: Setting) -> tuple[Buffers, str]:
+    kv = _kv_by_shape(model, setting)
     widest = max(
         model.n_vocab,
         model.n_embd * 8 + max((4 * layer.n_experts_used * model.n_embd for layer in model.moe_layers), default=0),

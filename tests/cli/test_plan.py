@@ -1,0 +1,114 @@
+"""`hybrimoe plan`, `probe` and `--dry-run` from the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hybrimoe import calibration
+from hybrimoe.calibration import CalibrationError
+
+Call = Callable[..., Any]
+MACHINE = "rtx3060-pcie4-ddr4"
+
+
+@pytest.fixture
+def qwen3(tmp_path: Path) -> str:
+    """The header of Qwen3-30B-A3B's first four layers."""
+    from make_header_model import PRESETS, write_header
+
+    return str(write_header(tmp_path / "qwen3.gguf", PRESETS["qwen3-30b-a3b"], n_layers=4))
+
+
+@pytest.fixture
+def unprobed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose probe is disturbed."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise CalibrationError("the probe was disturbed", "close other programs")
+
+    monkeypatch.setattr(calibration, "load_or_probe", fail)
+
+
+def test_plan_as_text(call: Call, qwen3: str) -> None:
+    done = call("plan", qwen3, "--machine", MACHINE, "-c", "4096")
+    assert done.code == 0, done.err
+    for words in ("header alone was read", "128 experts, top-8", "128 of 128 per layer", "expected t/s", "-c 4096"):
+        assert words in done.out
+
+
+def test_plan_as_json(call: Call, qwen3: str) -> None:
+    done = call("plan", qwen3, "--machine", f"{MACHINE}:vram=8GiB", "-c", "4096", "--json")
+    data = json.loads(done.out)
+    assert data["memory"]["fits"] is True
+    assert data["machine"]["vram_bytes"] == [8 << 30]
+    assert data["needs"]["exact"] is True
+    assert data["model"]["header_only"] is True
+    assert data["speed"]["ours"]["decode"]["tokens_per_s"] > 0
+    assert data["flags"][:2] == ["-c", "4096"]
+
+
+def test_what_does_not_fit_ends_with_4_and_what_fits(call: Call, qwen3: str) -> None:
+    done = call("plan", qwen3, "--machine", f"{MACHINE}:vram=2GiB", "-c", "40960")
+    assert done.code == 4
+    assert done.err.startswith("error: 'qwen3.gguf' does not fit: ")
+    hint = done.err.splitlines()[1]
+    assert hint.startswith("hint: it fits with -c ")
+    again = call("plan", qwen3, "--machine", f"{MACHINE}:vram=2GiB", "-c", hint.split()[-1])
+    assert again.code == 0
+
+
+def test_this_machine_without_a_probe(call: Call, qwen3: str, unprobed: None) -> None:
+    done = call("plan", qwen3, "-c", "512")
+    assert done.code == 0
+    assert "this machine's speed is unknown: the probe was disturbed" in done.err
+    assert "was not probed" in done.out
+    quiet = call("plan", qwen3, "-c", "512", "--no-probe")
+    assert quiet.code == 0 and quiet.err == ""
+
+
+@pytest.mark.parametrize("command", ["run", "chat"])
+def test_dry_run_prints_the_plan_and_loads_nothing(
+    call: Call, model: str, unprobed: None, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hybrimoe import engine
+
+    monkeypatch.setattr(engine, "Engine", None)
+    done = call(command, model, "--dry-run", "-c", "512")
+    assert done.code == 0, done.err
+    assert "llama.cpp's own dry run" in done.out
+
+
+def test_bad_input(call: Call, qwen3: str, dense_header: Path, tmp_path: Path) -> None:
+    call("plan", "missing.gguf", "--machine", MACHINE).assert_two_lines(3)
+    call("plan", str(dense_header), "--machine", MACHINE).assert_two_lines(3)
+    call("plan", qwen3, "--machine", "cray-1").assert_two_lines(2)
+    call("plan", qwen3, "--machine", MACHINE, "-c", "1000000").assert_two_lines(2)
+    call("plan", qwen3, "--machine", MACHINE, "-c", "many").assert_two_lines(2)
+    call("plan", qwen3, "again.gguf").assert_two_lines(2)
+    damaged = tmp_path / "machine.json"
+    damaged.write_text('{"name": "x"}')
+    call("plan", qwen3, "--machine", str(damaged)).assert_two_lines(2)
+    call("probe", "missing.gguf").assert_two_lines(3)
+    call("probe", "-t", "0").assert_two_lines(2)
+
+
+def test_a_disturbed_probe_is_refused_and_leaves_nothing(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hybrimoe.probing import fit
+
+    def fail(_: Any) -> None:
+        raise fit.BadFitError("copies vary by 80%")
+
+    monkeypatch.setattr(calibration, "QUICK_SECONDS", 0.3)
+    monkeypatch.setattr(fit, "fit_all", fail)
+    path = tmp_path / "calibration.json"
+    done = call("probe", "--quick", "--calibration", str(path))
+    done.assert_two_lines(1)
+    assert "copies vary by 80%" in done.err
+    assert not path.exists()
