@@ -78,7 +78,8 @@ def page(traces: Traces) -> str:
             ({demo.model.n_expert} experts, top-{demo.model.top_k}, {demo.model.n_layers} layers; {demo.n_tokens} tokens
             of {demo.n_prompts} everyday questions and {N_PREDICT}-token answers, with all router scores and look-ahead
             recorded): the traces of real models hold no full scores. The DeepSeek trace is teacher-forced prompt text;
-            its replay as decode is an approximation. Python {platform.python_version()}."""
+            its replay as decode is an approximation. The last but one column names what differs between the set-ups;
+            that this is the reason was not tested, except where a row says so. Python {platform.python_version()}."""
         ),
         "",
     ]
