@@ -16,6 +16,7 @@ from typing import Any
 
 from hybrimoe import machine
 from hybrimoe.errors import EXIT_OK, HybrimoeError, ModelError, PluginError
+from hybrimoe.host_checks import host_findings, models_folder
 
 # enum ggml_backend_dev_type (ggml-backend.h)
 _DEVICE_KINDS = {0: "CPU", 1: "GPU", 2: "integrated GPU", 3: "accelerator", 4: "meta"}
@@ -56,6 +57,7 @@ def diagnose(*, run: bool = True) -> Diagnosis:
     """Examines everything. `run` False leaves out the run of the demo model, which takes some seconds."""
     diagnosis = Diagnosis()
     _examine_machine(diagnosis)
+    diagnosis.findings += host_findings(models_folder())
     _examine_versions(diagnosis)
     if _examine_llama(diagnosis):
         _examine_gpus(diagnosis)

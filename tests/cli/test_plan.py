@@ -53,12 +53,12 @@ def test_plan_as_json(call: Call, qwen3: str) -> None:
 
 
 def test_what_does_not_fit_ends_with_4_and_what_fits(call: Call, qwen3: str) -> None:
-    done = call("plan", qwen3, "--machine", f"{MACHINE}:vram=2GiB", "-c", "40960")
+    done = call("plan", qwen3, "--machine", f"{MACHINE}:vram=1800MiB", "-c", "40960")
     assert done.code == 4
     assert done.err.startswith("error: 'qwen3.gguf' does not fit: ")
     hint = done.err.splitlines()[1]
     assert hint.startswith("hint: it fits with -c ")
-    again = call("plan", qwen3, "--machine", f"{MACHINE}:vram=2GiB", "-c", hint.split()[-1])
+    again = call("plan", qwen3, "--machine", f"{MACHINE}:vram=1800MiB", "-c", hint.split()[-1])
     assert again.code == 0
 
 
