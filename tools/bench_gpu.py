@@ -61,6 +61,9 @@ STAGES = ("compare", "throttled", "uniform", "policies")
 LAYERS = {"qwen3-30b-a3b": 8, "deepseek-v2-lite": 9, "gpt-oss-20b": 8, "mixtral": 4}
 REAL_LAYERS = {"qwen3-30b-a3b": 48, "deepseek-v2-lite": 27, "gpt-oss-20b": 24, "mixtral": 32}
 TRACES = {"qwen3-30b-a3b": "qwen3-30b-a3b", "deepseek-v2-lite": "deepseek-v2-lite", "gpt-oss-20b": "gpt-oss-120b"}
+POLICY_KEYS = ("cache_policy", "schedule", "prefetch", "admission")
+# The core's cache policies that need neither the future nor a profile, then the other schedules, then no prefetch.
+POLICIES = "mrs,lru,lfu,lfru,ema,arc,schedule=hybrimoe,schedule=cpu-only,schedule=gpu-only,prefetch=none"
 FORMAT = 1
 N_UNIFORM_STEPS = 4096
 
@@ -462,7 +465,7 @@ class Bench:
         found = self.report["stages"][Stage("opponents", stage.model, stage.fraction).key]["choice"]
         variant = self._chosen(stage.model)["decode"]
         rows = [variant if found["n_cpu_moe"] is None else stock_on_gpu(variant, found["n_cpu_moe"])]
-        rows += [ours.row(f"ours {name}", cache_policy=name) for name in self.options.policies]
+        rows += [ours.row(f"ours {text}", **{key: name}) for text, key, name in self.options.policies]
         return self.measure_rounds(stage, rows, self.cache_bytes(stage), self.options.rounds)
 
     def _ours(self, stage: Stage, entry: dict[str, Any]) -> OursOptions:
@@ -617,6 +620,17 @@ def model_names(text: str) -> list[str]:
     return names
 
 
+def policy_names(text: str) -> list[tuple[str, str, str]]:
+    """(as given, the plug-in's key, its value) of each."""
+    found = []
+    for part in (part for part in text.split(",") if part):
+        key, equals, name = part.rpartition("=")
+        if equals and key not in POLICY_KEYS:
+            raise argparse.ArgumentTypeError(f"unknown kind of policy '{key}', known: {', '.join(POLICY_KEYS)}")
+        found.append((part, key or POLICY_KEYS[0], name))
+    return found
+
+
 def trace_argument(text: str) -> tuple[str, Path]:
     model, _, path = text.rpartition("=")
     return model, Path(path)
@@ -636,7 +650,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     what.add_argument("--decode", type=int, default=64, metavar="N", help="tokens to decode (default: %(default)s)")
     what.add_argument("--prefill", type=sizes, default=[512, 2048], metavar="N,N", help="default: 512,2048")
-    what.add_argument("--policies", default="mrs,lru,lfu,ema", metavar="A,B", help="default: %(default)s")
+    what.add_argument(
+        "--policies",
+        type=policy_names,
+        default=policy_names(POLICIES),
+        metavar="A,B",
+        help=f"cache policies, or KEY=NAME of the plug-in's settings (default: {POLICIES})",
+    )
     what.add_argument("--policy-fractions", type=shares, default=[0.25, 0.5], metavar="F,F")
     what.add_argument("--worst-fraction", type=float, default=0.5, metavar="F", help="share in the worst cases")
     what.add_argument(
@@ -697,7 +717,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.ubatch < N_PROMPT_BEFORE_DECODE:
         parser.error(f"--ubatch is {N_PROMPT_BEFORE_DECODE} at least")
     options.route_trace = dict(options.route_trace)
-    options.policies = [name for name in options.policies.split(",") if name]
     return options
 
 

@@ -71,6 +71,7 @@ class OursOptions:
             "devices": list(self.devices),
             "expert_cache": {"bytes": self.cache_bytes},
             "max_batch_tokens": self.max_batch_tokens,
+            "log_to_stderr": False,
         }
         if self.route_trace:
             given["route_trace"] = self.route_trace

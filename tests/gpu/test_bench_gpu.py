@@ -54,6 +54,7 @@ def test_names_of_rows() -> None:
         "devices": ["CUDA0"],
         "expert_cache": {"bytes": 1 << 30},
         "max_batch_tokens": 512,
+        "log_to_stderr": False,
         "route_trace": "/r",
         "throttle_link_bytes_per_s": 2e9,
         "cache_policy": "lru",
@@ -305,7 +306,15 @@ def arguments(tmp_path: Path, tiny_model: Callable[..., Path]) -> list[str]:
     model = tiny_model("qwen3moe", "Q4_0")
     options = ["--models", str(model), "--fractions", "0.5", "--policy-fractions", "0.5", "--decode", "4"]
     options += ["--prefill", "8", "--rounds", "2", "--json", str(tmp_path / "out.json")]
-    return [*options, "--models-dir", str(tmp_path / "models"), "--policies", "mrs,lfu", "--threads", "1"]
+    return [
+        *options,
+        "--models-dir",
+        str(tmp_path / "models"),
+        "--policies",
+        "mrs,lfu,schedule=cpu-only",
+        "--threads",
+        "1",
+    ]
 
 
 def test_whole_flow(faked: list[str], arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -339,6 +348,8 @@ def test_whole_flow(faked: list[str], arguments: list[str], tmp_path: Path, caps
     policies = report["stages"][f"policies {name} 50%"]
     assert policies["failures"] == {"ours lfu": "out of memory"}
     assert len(policies["rounds"]) == 2
+    assert policies["rows"]["ours schedule=cpu-only"]["settings"]["schedule"] == "cpu-only"
+    assert policies["rows"]["ours mrs"]["settings"]["cache_policy"] == "mrs"
     output = capsys.readouterr().out
     assert "a card" in output and "ours lfu: out of memory" in output
     assert not [path for path in tmp_path.rglob(".*") if path.is_file()]
@@ -504,6 +515,7 @@ def test_device_choice() -> None:
         ["--prefill", "0"],
         ["--max-minutes", "0"],
         ["--ubatch", "16"],
+        ["--policies", "order=lru"],
         ["--device", "Vulkan9", "--models", "qwen3-30b-a3b"],
         ["--baseline-bin", "missing", "--device", "CPU"],
         ["--route-trace", "missing.npz", "--device", "CPU"],
