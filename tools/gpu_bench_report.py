@@ -10,6 +10,7 @@ from bench_cpu import shown, summary
 from gpu_bench_plan import GOALS, least_step_us
 
 Counters = Mapping[str, float]
+MAX_EVENTS = 5
 
 
 def share(part: float | None, whole: float) -> float | None:
@@ -214,10 +215,27 @@ def tables(report: Mapping[str, Any], *, markdown: bool) -> list[str]:
 def notes(stage: Mapping[str, Any]) -> list[str]:
     lines = [f"{stage['routing']}"] if stage.get("routing") else []
     lines += [f"{name}: {message}" for name, message in stage.get("failures", {}).items()]
+    lines += [f"ours: {event}" for event in guard_events(stage)[:MAX_EVENTS]]
+    more = surplus_bytes(stage)
+    if more > 0:
+        lines.append(f"ours took {more / 2**20:.0f} MiB more GPU memory than the largest stock row")
     loaded = sum(not one["quiet"]["is_quiet"] for one in stage["rounds"])
     if loaded:
         lines.append(f"{loaded} of {len(stage['rounds'])} rounds ran while others used the machine")
     return lines
+
+
+def guard_events(stage: Mapping[str, Any]) -> list[str]:
+    """What the guard of our default row logged while it was measured, in order."""
+    replies = [reply for one in stage["rounds"] for reply in one["rows"].get("ours", {}).values()]
+    return [event for reply in replies for event in reply.get("events", []) if event.startswith("guard")]
+
+
+def surplus_bytes(stage: Mapping[str, Any]) -> int:
+    """GPU memory that our default row took beyond the stock row that took most; 0 where the driver does not tell."""
+    used = {name: fact.get("device_bytes_used", 0) for name, fact in stage.get("facts", {}).items()}
+    stock = max((used.get(name, 0) for name, row in stage["rows"].items() if row["kind"] == "stock"), default=0)
+    return int(used.get("ours", 0) - stock) if used.get("ours", 0) > 0 and stock > 0 else 0
 
 
 def goal_lines(test: str, stage: Mapping[str, Any], of_test: Mapping[str, Any]) -> list[str]:

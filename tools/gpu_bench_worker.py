@@ -76,6 +76,7 @@ class Worker:
         self.tokens = token_source(self.model, None, options.n_ctx)
         self._copy_busy_us = 0.0
         self._has_seen: set[int] = set()
+        self._last_event = 0
 
     def warm_up(self) -> dict[str, Any]:
         """Page faults, shader compilation and thread start; for ours also a cache filled by `n_warmup` tokens."""
@@ -117,6 +118,7 @@ class Worker:
         if self.model.plugin is not None:
             self.model.plugin.reset_counters(self.context.instance)
             self._copy_busy_us = self._copied_us()
+            self._new_events()
 
     def _counted(self) -> dict[str, Any]:
         """Sums over layers and time spent copying since the reset, and the plug-in's state now."""
@@ -128,8 +130,20 @@ class Worker:
             for name, value in dataclasses.asdict(layer).items():
                 if name != "layer":
                     totals[name] = totals.get(name, 0) + value
-        copied_us = self._copied_us() - self._copy_busy_us
-        return {"counters": totals, "state": plugin.state(self.context.instance), "copy_busy_us": copied_us}
+        return {
+            "counters": totals,
+            "state": plugin.state(self.context.instance),
+            "copy_busy_us": self._copied_us() - self._copy_busy_us,
+            "events": self._new_events(),
+        }
+
+    def _new_events(self) -> list[str]:
+        """What the dispatch logged since this was last asked."""
+        assert self.model.plugin is not None
+        events = self.model.plugin.events(self.context.instance, self._last_event)
+        if events:
+            self._last_event = events[-1][0]
+        return [line for _, line in events]
 
     def _copied_us(self) -> float:
         assert self.model.plugin is not None

@@ -209,7 +209,9 @@ def test_a_row_that_failed_in_a_round_has_no_ratio_there() -> None:
 
 def test_tables_tell_goals_and_failures() -> None:
     stage = stage_of({"stock a": [10.0, 10.0], "ours": [20.0, 20.0]})
-    stage |= {"failures": {"ours lru": "out of memory"}, "facts": {"ours": {"device_bytes_used": 3 << 20}}}
+    facts = {"ours": {"device_bytes_used": 5 << 20}, "stock a": {"device_bytes_used": 3 << 20}}
+    stage |= {"failures": {"ours lru": "out of memory"}, "facts": facts}
+    stage["rounds"][1]["rows"]["ours"]["decode 10"]["events"] = ["slots: 4", "guard: full -> frozen: too slow"]
     stage["summary"] = gpu_bench_report.summarise_stage(stage, 1.0, None)
     report = {"stages": {"compare m 25%": stage}}
     for markdown in (False, True):
@@ -217,6 +219,8 @@ def test_tables_tell_goals_and_failures() -> None:
         assert "goal 1.50: reached (2.00)" in text
         assert "ours lru: out of memory" in text
         assert "stock a (best stock)" in text
+        assert "ours: guard: full -> frozen: too slow" in text and "slots: 4" not in text
+        assert "2 MiB more GPU memory" in text
     assert "|---|" in text
 
 
