@@ -90,6 +90,8 @@ import json, sys
 from hybrimoe.native.backend_modules import device_memory, device_names, load_backend_modules
 from hybrimoe.native.plugin import ggml_library
 from hybrimoe.errors import HybrimoeError
+from hybrimoe.llama_log import llama_log
+llama_log()
 try:
     load_backend_modules(sys.argv[1:])
 except HybrimoeError as error:
@@ -161,21 +163,13 @@ def gpu_facts() -> dict[str, Any]:
         return {}
 
 
-def host_read_bytes_per_s(n_threads: int, n_bytes: int = 1 << 29) -> float:
-    """What `n_threads` threads of numpy read from memory: the best of three sums over more than any cache holds."""
-    from concurrent.futures import ThreadPoolExecutor
+def host_read_bytes_per_s(n_threads: int) -> float:
+    """What `n_threads` threads read from main memory, by the plug-in's own probe. Raises PluginError without one."""
+    from hybrimoe.llama_log import llama_log
+    from hybrimoe.native.probe import read_rate
 
-    import numpy as np
-
-    data = np.ones(n_bytes // 8, np.int64)
-    parts = np.array_split(data, n_threads)
-    best = 0.0
-    with ThreadPoolExecutor(n_threads) as pool:
-        for _ in range(3):
-            start = time.perf_counter()
-            list(pool.map(np.sum, parts))
-            best = max(best, n_bytes / (time.perf_counter() - start))
-    return best
+    llama_log()  # which keeps ggml silent
+    return read_rate(n_threads, 1 << 30, 1.0) * 1e6
 
 
 # --- models and routing -----------------------------------------------------------------------------------------------

@@ -45,9 +45,11 @@ class Worker:
     def __init__(self, options: WorkerOptions) -> None:
         from llama_forward import Context, Model
 
+        from hybrimoe.llama_log import llama_log
         from hybrimoe.native.backend_modules import load_backend_modules
         from hybrimoe.placement import Placement
 
+        llama_log()
         load_backend_modules(options.backends)
         self.options = options
         self.free_before = self._device_free()
