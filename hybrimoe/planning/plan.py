@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from hybrimoe.gguf_header import GGML_TYPES
 from hybrimoe.planning.machines import PlanMachine, moe_layers
 from hybrimoe.planning.memory import MemoryPlan, Needs, Setting, measure_needs, plan_memory
 from hybrimoe.planning.speed import Speed, SpeedModel, scaled
@@ -13,8 +14,9 @@ from hybrimoe.planning.speed import Speed, SpeedModel, scaled
 if TYPE_CHECKING:
     from hybrimoe.gguf_model import GgufModel
 
-# A smaller quantisation, as a share of the bytes: from Q4_K (4.5 bits) to Q3_K (3.44).
-_SMALLER_QUANT = 3.44 / 4.5
+# Quantisations worth changing to, and how much smaller the next one must be to be worth a line.
+_QUANTS = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "IQ2_XXS")
+_SMALLER_QUANT = 0.85
 _LEAST_GAIN = 1.02
 
 
@@ -146,8 +148,9 @@ def _advice(plan: ModelPlan, section: Mapping[str, Any]) -> list[Advice]:
     tried.append(
         ("twice the RAM channels", decode(scaled(section, cpu=2.0), faster, setting, plan.needs)),
     )
-    smaller = decode(scaled(section, expert=_SMALLER_QUANT), machine, setting, plan.needs, _SMALLER_QUANT)
-    tried.append(("experts in a smaller quantisation (3.4 instead of 4.5 bits)", smaller))
+    if (quant := _smaller_quant(model)) is not None:
+        text, share = quant
+        tried.append((text, decode(scaled(section, expert=share), machine, setting, plan.needs, share)))
     if machine.has_gpu:
         tried.append(("a link twice as fast", decode(scaled(section, link=2.0), machine, setting, plan.needs)))
         more = replace(machine, vram_bytes=(machine.vram_bytes[0] + (8 << 30), *machine.vram_bytes[1:]))
@@ -158,3 +161,14 @@ def _advice(plan: ModelPlan, section: Mapping[str, Any]) -> list[Advice]:
             tried.append((f"-c {half.n_ctx}", decode(section, machine, half, replace(plan.needs, buffers=buffers))))
     found = [Advice(change, per_s, per_s / now) for change, per_s in tried if per_s / now >= _LEAST_GAIN]
     return sorted(found, key=lambda a: -a.gain)
+
+
+def _smaller_quant(model: GgufModel) -> tuple[str, float] | None:
+    """The next smaller quantisation of the experts, in words, and its bytes as a share of now's."""
+    sizes = {t.name: 8 * t.block_bytes / t.block_elems for t in GGML_TYPES.values()}
+    n_weights = sum(t.n_elements for layer in moe_layers(model) for t in layer.expert_tensors)
+    now = 8 * model.expert_bytes / max(1, n_weights)
+    for name in _QUANTS:
+        if sizes[name] <= _SMALLER_QUANT * now:
+            return f"experts in {name} ({sizes[name]:.1f} instead of {now:.1f} bits per weight)", sizes[name] / now
+    return None
