@@ -86,7 +86,13 @@ def add_to(app: typer.Typer) -> None:
         ] = None,
         model: Annotated[
             str | None,
-            typer.Option("-m", "--model", metavar="MODEL", rich_help_panel=_SHAPE, help="Check whose the traces are."),
+            typer.Option(
+                "-m",
+                "--model",
+                metavar="MODEL",
+                rich_help_panel=_SHAPE,
+                help="Check whose the traces are; calibrations need it.",
+            ),
         ] = None,
         profile: Annotated[
             str | None,
@@ -95,7 +101,7 @@ def add_to(app: typer.Typer) -> None:
                 "--calibration",
                 metavar="LIST",
                 rich_help_panel=_CLOCK,
-                help="Machines: presets, machine files or calibrations; with one a clock runs.",
+                help="Machines: presets, machine files, calibrations, or this; with one a clock runs.",
             ),
         ] = None,
         schedule: Annotated[
@@ -230,12 +236,14 @@ def _simulate(request: Request) -> int:
 
 
 def _points(request: Request) -> list[Point]:
+    from hybrimoe.models import store
     from hybrimoe.native.core import Kind
     from hybrimoe.simulate import grid
-    from hybrimoe.simulate.machines import open_machine
+    from hybrimoe.simulate.machines import open_machine, with_model
     from hybrimoe.simulate.run import load
 
-    machines: list[str | None] = [*grid.split(request.profiles or "")] or [None]
+    model = None if request.model is None else store.resolve(request.model).absolute()
+    machines: list[str | None] = [with_model(name, model) for name in grid.split(request.profiles or "")] or [None]
     schedules = grid.parse_policies(Kind.SCHEDULER, request.schedules)
     prefetches = grid.parse_policies(Kind.PREFETCH, request.prefetches)
     grid.parse_policies(Kind.ADMISSION, request.admission)
@@ -265,7 +273,7 @@ def _points(request: Request) -> list[Point]:
             budget = None if hardware is None else hardware.budget_bytes(trace.model)
             sizes = grid.sizes_of(request.sizes or grid.DEFAULT_SIZES, trace.model, budget)
             if hardware is not None and not hardware.section(trace.model)["devices"]:
-                warn(f"'{name}' has no card, so nothing is cached there")
+                warn(f"'{hardware.name}' has no card, so nothing is cached there")
                 sizes = [("0", 0)]
             for cold in [
                 c for c, wanted in ((False, request.kept or not request.cold), (True, request.cold)) if wanted

@@ -13,7 +13,9 @@ from hybrimoe.errors import UsageError, from_os_error
 from hybrimoe.native.core import Costs
 from hybrimoe.trace.format import ModelIdentity
 
-__all__ = ["Hardware", "Rates", "open_machine"]
+__all__ = ["THIS_MACHINE", "Hardware", "Rates", "open_machine", "with_model"]
+
+THIS_MACHINE = "this"
 
 
 @dataclass(frozen=True)
@@ -90,17 +92,59 @@ def _one_token_us(curve: Mapping[str, Any]) -> float:
 
 
 def open_machine(text: str) -> Hardware:
-    """A preset, a machine file or a calibration file. Raises UsageError for what is none."""
-    path = Path(text)
-    if path.is_file():
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise from_os_error(error, f"read '{path}'") from error
-        except ValueError as error:
-            raise UsageError(f"'{path}' is no JSON: {error}", "a machine or calibration file is expected") from error
-        section = data.get("costs", data) if isinstance(data, dict) else {}
+    """A preset, a machine file, a cost section, or a probe's calibration (`this`: this machine's).
+
+    A calibration holds curves per shape of expert, so it needs the model file: `calibration.json@model.gguf`.
+
+    Raises:
+        UsageError: it is none of these, or a calibration without a model.
+        HybrimoeError: the calibration is missing, damaged, or was changed by hand.
+    """
+    name, _, model = text.partition("@")
+    path = _calibration_path() if name == THIS_MACHINE else Path(name)
+    if name == THIS_MACHINE or path.is_file():
+        data = _read_json(path) if path.is_file() else {"fit": {}}
+        if "fit" in data:
+            return _of_probe(name, path, model)
+        section = data.get("costs", data)
         if isinstance(section, dict) and "classes" in section:
             return Hardware(path.stem, None, section)
-    machine = profiles.load(text)
+    machine = profiles.load(name)
     return Hardware(machine.name, machine, None)
+
+
+def with_model(text: str, model: Path | None) -> str:
+    """The machine's text with the model that a probe's calibration needs; others stay as they are."""
+    path = Path(text)
+    is_probe = text == THIS_MACHINE or (path.is_file() and "fit" in _read_json(path))
+    return f"{text}@{model}" if is_probe and model is not None else text
+
+
+def _calibration_path() -> Path:
+    from hybrimoe.calibration import default_path
+
+    return default_path()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise from_os_error(error, f"read '{path}'") from error
+    except ValueError as error:
+        raise UsageError(f"'{path}' is no JSON: {error}", "a machine or calibration file is expected") from error
+    return data if isinstance(data, dict) else {}
+
+
+def _of_probe(name: str, path: Path, model: str) -> Hardware:
+    from hybrimoe.calibration import load
+    from hybrimoe.gguf_model import inspect
+
+    calibration = load(path)
+    if not model:
+        raise UsageError(f"the calibration '{name}' needs the model whose experts it prices", "give it with -m MODEL")
+    info = inspect(Path(model)).require_moe()
+    section = calibration.cost_section(info)
+    n_layers = len(section["layer_class"])
+    gap_us = info.dense_bytes / n_layers / calibration.dense_bytes_per_us() + calibration.step_us()
+    return Hardware(name, None, {**section, "gap_us": gap_us})

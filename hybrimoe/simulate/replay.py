@@ -152,7 +152,7 @@ def _event_atomic(point: Point, loaded: Loaded) -> Row:
         bytes_moved=moved,
         belady_hits=belady,
         of_belady=result.n_hits / belady if belady else math.nan,
-        profile=point.machine,
+        profile=point.machine.partition("@")[0] if point.machine else None,
     )
 
 
@@ -365,7 +365,7 @@ def _clock_row(
         bytes_moved=float(sum(kinds)),
         belady_hits=belady,
         of_belady=rate / (belady / asked) if belady else math.nan,
-        profile=point.machine,
+        profile=point.machine.partition("@")[0] if point.machine else None,
         schedule=point.schedule,
         prefetch=point.prefetch,
         lookahead=point.lookahead if point.prefetch != "none" else None,
