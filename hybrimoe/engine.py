@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,14 @@ import numpy as np
 
 from hybrimoe import machine
 from hybrimoe.errors import DoesNotFitError, HybrimoeError, ModelError, PluginError, UsageError
+from hybrimoe.expert_options import ExpertOptions
 from hybrimoe.generation import RANDOM_SEED, Answer, Sampling
 from hybrimoe.gguf_model import GgufModel, inspect
 from hybrimoe.interrupt import AbortFlag, abort_on_interrupt
 from hybrimoe.llama_log import LlamaLog, llama_log
 from hybrimoe.llama_seam import Loader, LoadSettings
-from hybrimoe.native.plugin import LayerCounters, Plugin, load_plugin
+from hybrimoe.native.backend_modules import backend_module_paths, device_names, load_backend_modules
+from hybrimoe.native.plugin import LayerCounters, Plugin, ggml_library, load_plugin
 from hybrimoe.placement import Placement, buffer_types
 
 # (ggml type, bytes per element) of the KV cache types that llama.cpp accepts (`kv_cache_types` in common/arg.cpp).
@@ -53,6 +55,7 @@ class EngineOptions:
 
     `n_ctx` 0: the context the model was trained with. Threads None: one per physical core; 0 or less: one per hardware
     thread; `n_threads_batch` None: as `n_threads`. `n_gpu_layers` below 0: all layers (without their experts).
+    `backends` are modules of ggml backends to load first; None: those that HYBRIMOE_BACKENDS names.
     """
 
     n_ctx: int = 0
@@ -69,6 +72,8 @@ class EngineOptions:
     warmup: bool = True
     placement: Placement = field(default_factory=Placement)
     plugin: bool = True
+    experts: ExpertOptions = field(default_factory=ExpertOptions)
+    backends: tuple[Path, ...] | None = None
 
     def threads(self) -> tuple[int, int]:
         """(threads for decode, threads for prefill)"""
@@ -129,10 +134,15 @@ class Engine(llama_cpp.Llama):  # type: ignore[misc]
         self.options = options or EngineOptions()
         self.info: GgufModel = inspect(path).require_moe()
         log = llama_log()
-        self.plugin: Plugin | None = load_plugin() if self.options.plugin else None
+        options = self.options
+        load_backend_modules(backend_module_paths() if options.backends is None else options.backends)
+        self.plugin: Plugin | None = load_plugin() if options.plugin else None
+        if self.plugin is not None:
+            self.plugin.configure(**self._plugin_settings())
         self.plugin_instance = 0
         self.verification: Verification | None = None
         self.n_evaluated = 0
+        self._last_event = 0
         self.abort_flag = AbortFlag()
         self._sampling: Sampling | None = None
         self._prompt_tail: list[int] = []
@@ -170,6 +180,17 @@ class Engine(llama_cpp.Llama):  # type: ignore[misc]
             self.close()
             raise
 
+    def _plugin_settings(self) -> dict[str, Any]:
+        experts = self.options.experts
+        placement = self.options.placement
+        if placement.cpu_moe:
+            experts = replace(experts, devices=())
+        if placement.n_cpu_moe:
+            experts = replace(experts, n_cpu_layers=placement.n_cpu_moe)
+        n_batch = min(self.options.n_batch, self.options.n_ubatch)
+        known = [name for name in device_names(ggml_library()) if name != "HybriMoE"]
+        return experts.settings(self.info, n_batch, known)
+
     def _load(self, path: str, n_ctx: int, arguments: dict[str, Any]) -> None:
         n_threads, n_threads_batch = self.options.threads()
         super().__init__(
@@ -189,10 +210,15 @@ class Engine(llama_cpp.Llama):  # type: ignore[misc]
         )
 
     def _warm_up(self) -> None:
-        """One throw-away step, as llama.cpp does: the first answer shall not pay for page faults and thread start."""
+        """Throw-away steps, as llama.cpp does: the first answer shall not pay for page faults and thread start.
+
+        The plug-in learns the layers in the first step and fills the expert cache before the second.
+        """
         token = self.token_bos() if self.token_bos() != -1 else max(self.token_eos(), 0)
         with abort_on_interrupt(self.abort_flag):
             self.eval([token])
+            if self.plugin is not None:
+                self.eval([token])
         self.reset()
         self._ctx.kv_cache_clear()
         llama_cpp.llama_perf_context_reset(self.ctx)
@@ -322,6 +348,20 @@ class Engine(llama_cpp.Llama):  # type: ignore[misc]
         """The plug-in's counters per layer since the last reset; empty without the plug-in."""
         return [] if self.plugin is None else self.plugin.counters(self.plugin_instance)
 
+    def expert_state(self) -> dict[str, Any]:
+        """Accelerators with slots and costs, statistics since the start, guard; empty without the plug-in."""
+        return {} if self.plugin is None else self.plugin.state(self.plugin_instance)
+
+    def expert_events(self, after: int = 0) -> list[tuple[int, str]]:
+        """What the dispatch decided and why, after line number `after`: (number, line)."""
+        return [] if self.plugin is None else self.plugin.events(self.plugin_instance, after)
+
+    def new_expert_events(self) -> list[str]:
+        """Lines of `expert_events` since this was last asked."""
+        events = self.expert_events(self._last_event)
+        self._last_event = events[-1][0] if events else self._last_event
+        return [line for _, line in events]
+
     def reset_counters(self) -> None:
         if self.plugin is not None:
             self.plugin.reset_counters(self.plugin_instance)
@@ -349,9 +389,8 @@ class Engine(llama_cpp.Llama):  # type: ignore[misc]
     def stats(self) -> dict[str, Any]:
         """Counters per layer and their sums since the last reset, as JSON-able data. Times in microseconds."""
         layers = self.counters()
-        names = ("n_blocks", "n_blocks_delegated", "n_experts_cpu", "n_experts_gpu")
+        names = [f.name for f in fields(LayerCounters) if f.name not in ("layer", "n_steps", "n_tokens")]
         totals: dict[str, Any] = {name: sum(getattr(c, name) for c in layers) for name in names}
-        totals |= {name: sum(getattr(c, name) for c in layers) for name in ("router_us", "experts_us", "merge_us")}
         totals["n_tokens"] = max((c.n_tokens for c in layers), default=0)
         totals["n_steps"] = max((c.n_steps for c in layers), default=0)
         return {

@@ -36,16 +36,17 @@ class Placement:
     def rules(self, buffer_types: dict[str, int], plugin_buffer_type: int | None) -> list[tuple[str, int]]:
         """(pattern, buffer type) in order; the plug-in's pattern comes last and takes what the user left.
 
+        With the plug-in, `cpu_moe` and `n_cpu_moe` place nothing: its CPU kernels run those experts, without slots.
+
         Raises UsageError for a malformed override, an unknown buffer type or a pattern that is no regular expression.
         """
         rules = [rule for text in self.overrides for rule in _parse(text, buffer_types)]
+        if plugin_buffer_type is not None:
+            return [*rules, (MOE_PATTERN, plugin_buffer_type)]
         cpu = buffer_types.get("CPU", 0)
         if self.cpu_moe:
             rules.append((CPU_MOE_PATTERN, cpu))
-        rules += [(rf"blk\.{layer}{CPU_MOE_PATTERN}", cpu) for layer in range(self.n_cpu_moe)]
-        if plugin_buffer_type is not None:
-            rules.append((MOE_PATTERN, plugin_buffer_type))
-        return rules
+        return rules + [(rf"blk\.{layer}{CPU_MOE_PATTERN}", cpu) for layer in range(self.n_cpu_moe)]
 
 
 def override_array(rules: Sequence[tuple[str, int]]) -> ctypes.Array[Any]:

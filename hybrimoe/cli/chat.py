@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from hybrimoe.cli import slash
 from hybrimoe.cli.console import is_terminal, note, show_error
-from hybrimoe.cli.loading import flush, model_path, open_engine, sampling, warn_unless_verified
+from hybrimoe.cli.loading import flush, model_path, open_engine, sampling, show_events, warn_unless_verified
 from hybrimoe.cli.prompt import decode, system_prompt
-from hybrimoe.cli.report import expert_table
+from hybrimoe.cli.report import expert_table, footer
 from hybrimoe.cli.session import Session
 from hybrimoe.config import Settings
 from hybrimoe.errors import EXIT_INTERRUPTED, EXIT_OK, HybrimoeError, UsageError
@@ -109,10 +109,11 @@ class Chat:
         flush("" if answer.text.endswith("\n") else "\n")
         if not verified:
             warn_unless_verified(engine)
+        show_events(engine)
         if answer.finish_reason == "context":
             note("note: the answer was cut: the context is full; /clear starts anew")
         if self.settings.show_timings and answer.tokens:
-            note(answer.timings.footer())
+            note(footer(engine, answer))
         if self.settings.expert_stats:
             note(expert_table(engine))
 

@@ -6,11 +6,28 @@ only once it does something.
 
 from __future__ import annotations
 
-from hybrimoe.config import Option, choice, flash_attention, gpu_layers, integer, number, seed
+from hybrimoe.config import Option, choice, flash_attention, gpu_layers, integer, number, parse_bool, parse_size, seed
+from hybrimoe.expert_options import CacheSize
 
 _KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 
-MODEL, SAMPLING, PROMPT, OUTPUT = "Model and speed", "Sampling", "Prompt", "Output"
+MODEL, EXPERTS, SAMPLING = "Model and speed", "Experts on CPU and GPU", "Sampling"
+PROMPT, OUTPUT = "Prompt", "Output"
+
+
+def _cache_size(text: str) -> str:
+    CacheSize.parse(text)
+    return text.strip()
+
+
+def _size(text: str) -> str:
+    parse_size(text)
+    return text.strip()
+
+
+def _on_off(text: str) -> str:
+    return "on" if parse_bool(text) else "off"
+
 
 MODEL_OPTIONS: tuple[Option, ...] = (
     Option(
@@ -147,6 +164,74 @@ MODEL_OPTIONS: tuple[Option, ...] = (
         None,
         no_flags=("--no-plugin",),
         section=MODEL,
+    ),
+)
+
+EXPERT_OPTIONS: tuple[Option, ...] = (
+    Option(
+        ("-ec", "--expert-cache"),
+        "GPU memory for experts: auto (what is free), slots per layer (32), a share (25%), a size (6GiB); 0: none.",
+        "auto",
+        _cache_size,
+        "SIZE",
+        section=EXPERTS,
+    ),
+    Option(
+        ("-dev", "--device"),
+        "Accelerators for experts, ggml's names separated by commas, or none.",
+        None,
+        str,
+        "NAMES",
+        "LLAMA_ARG_DEVICE",
+        unset="every GPU",
+        section=EXPERTS,
+    ),
+    Option(
+        ("-fitt", "--fit-target"),
+        "GPU memory that --expert-cache auto leaves free.",
+        "1GiB",
+        _size,
+        "SIZE",
+        section=EXPERTS,
+    ),
+    Option(
+        ("--cache-policy",), "Which expert leaves the cache (docs/policies.md).", "mrs", str, "NAME", section=EXPERTS
+    ),
+    Option(("--schedule",), "Who computes which expert of a layer.", "two-threshold", str, "NAME", section=EXPERTS),
+    Option(("--prefetch",), "What is copied ahead of time.", "impact", str, "NAME", section=EXPERTS),
+    Option(("--admission",), "Which missed expert gets a slot.", "pays", str, "NAME", section=EXPERTS),
+    Option(
+        ("--guard",),
+        "Never slower than plain llama.cpp: give up copies, prefetch, the cache while they lose; on or off.",
+        "on",
+        _on_off,
+        "WHEN",
+        section=EXPERTS,
+    ),
+    Option(
+        ("--calibration",),
+        "Costs from this file of 'hybrimoe probe'.",
+        None,
+        str,
+        "FILE",
+        unset="measured when the model starts",
+        section=EXPERTS,
+    ),
+    Option(
+        ("--pin-experts",),
+        "Pin the experts' memory for faster copies (all of it stays in RAM).",
+        False,
+        None,
+        no_flags=("--no-pin-experts",),
+        section=EXPERTS,
+    ),
+    Option(
+        ("--keep-residency",),
+        "Keep which experts were on the GPU for the next start.",
+        True,
+        None,
+        no_flags=("--no-keep-residency",),
+        section=EXPERTS,
     ),
 )
 
@@ -313,6 +398,7 @@ PLAN_COMMAND_OPTIONS: tuple[Option, ...] = (
     *(option for option in OUTPUT_OPTIONS if option.key == "verbose"),
 )
 
-CHAT_COMMAND_OPTIONS = MODEL_OPTIONS + SAMPLING_OPTIONS + SYSTEM_OPTIONS + OUTPUT_OPTIONS + DRY_RUN_OPTIONS
-RUN_COMMAND_OPTIONS = MODEL_OPTIONS + SAMPLING_OPTIONS + SYSTEM_OPTIONS + RUN_OPTIONS + OUTPUT_OPTIONS + DRY_RUN_OPTIONS
+_LOAD_OPTIONS = MODEL_OPTIONS + EXPERT_OPTIONS + SAMPLING_OPTIONS + SYSTEM_OPTIONS
+CHAT_COMMAND_OPTIONS = _LOAD_OPTIONS + OUTPUT_OPTIONS + DRY_RUN_OPTIONS
+RUN_COMMAND_OPTIONS = _LOAD_OPTIONS + RUN_OPTIONS + OUTPUT_OPTIONS + DRY_RUN_OPTIONS
 ALL_OPTIONS: tuple[Option, ...] = RUN_COMMAND_OPTIONS

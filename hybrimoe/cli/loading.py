@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hybrimoe.cli.console import progress, size_text, stages, warn
+from hybrimoe.cli.console import note, progress, size_text, stages, warn
 from hybrimoe.config import Settings
 from hybrimoe.errors import UsageError
 
 if TYPE_CHECKING:
     from hybrimoe.engine import Engine, EngineOptions
+    from hybrimoe.expert_options import ExpertOptions
     from hybrimoe.generation import Sampling
     from hybrimoe.models.recipe import DemoOptions
 
@@ -85,6 +86,29 @@ def engine_options(settings: Settings) -> EngineOptions:
         warmup=settings.warmup,
         placement=Placement(settings.override_tensor, settings.cpu_moe, settings.n_cpu_moe),
         plugin=settings.plugin,
+        experts=expert_options(settings),
+    )
+
+
+def expert_options(settings: Settings) -> ExpertOptions:
+    """What the flags say about sharing experts. Raises CalibrationError for a file that cannot be used."""
+    from hybrimoe.config import parse_size
+    from hybrimoe.expert_options import CacheSize, ExpertOptions, default_state_dir
+
+    devices = settings.device
+    names = None if devices is None else tuple(n.strip() for n in devices.split(",") if n.strip() and n != "none")
+    return ExpertOptions(
+        cache=CacheSize.parse(settings.expert_cache),
+        devices=names,
+        cache_policy=settings.cache_policy,
+        schedule=settings.schedule,
+        prefetch=settings.prefetch,
+        admission=settings.admission,
+        guard=settings.guard == "on",
+        fit_margin_bytes=parse_size(settings.fit_target),
+        pin_experts=settings.pin_experts,
+        calibration=None if settings.calibration is None else Path(settings.calibration),
+        state_dir=default_state_dir() if settings.keep_residency else None,
     )
 
 
@@ -117,7 +141,14 @@ def open_engine(settings: Settings, path: Path) -> Iterator[Engine]:
         engine = Engine(path, engine_options(settings), progress=update)
     with engine:
         warn_unless_verified(engine)
+        show_events(engine)
         yield engine
+
+
+def show_events(engine: Engine) -> None:
+    """Shows on stderr what the dispatch has decided since this was last called, and why."""
+    for line in engine.new_expert_events():
+        note(line)
 
 
 def warn_unless_verified(engine: Engine) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hybrimoe.cli.console import size_text
 
 if TYPE_CHECKING:
     from hybrimoe.engine import Engine
+    from hybrimoe.generation import Answer
     from hybrimoe.native.plugin import LayerCounters
 
 
@@ -66,11 +67,23 @@ def residency_table(engine: Engine) -> str:
                 "/".join(layer.expert_types),
                 size_text(layer.bytes_per_expert),
                 size_text(layer.expert_bytes),
-                "CPU",
+                _where(engine, layer.index),
                 runs_in,
             ]
         )
     return table(["layer", "experts", "top-k", "type", "per expert", "all", "on", "run by"], rows)
+
+
+def _where(engine: Engine, layer: int) -> str:
+    """'CPU', or how many of the layer's experts each accelerator holds: 'CUDA0 32, CPU 96'."""
+    if engine.plugin is None:
+        return "CPU"
+    on = engine.plugin.residency(engine.plugin_instance, layer)
+    names = [device["name"] for device in engine.expert_state().get("devices", ())]
+    held = [(name, on.count(i)) for i, name in enumerate(names) if on.count(i)]
+    if not held:
+        return "CPU"
+    return ", ".join(f"{name} {n}" for name, n in [*held, ("CPU", on.count(-1))] if n)
 
 
 def stats_text(engine: Engine) -> str:
@@ -89,5 +102,45 @@ def stats_text(engine: Engine) -> str:
         f"experts run {n_experts}: CPU {totals['n_experts_cpu'] / n_experts:.0%}, "
         f"GPU {totals['n_experts_gpu'] / n_experts:.0%}",
         "time in " + ", ".join(f"{name} {us / 1000:.1f} ms ({us / all_us:.0%})" for name, us in parts),
+        *_hybrid_lines(engine, totals),
     ]
     return "\n".join(lines)
+
+
+def footer(engine: Engine, answer: Answer) -> str:
+    """Speeds of an answer; with accelerators also what experts did since the counters were last reset.
+
+    `[ Prompt 512.3 t/s | Generation 24.1 t/s | experts 71 % hit, 38 % GPU, 0.9 GiB moved ]`
+    """
+    speeds = answer.timings.footer()
+    totals = engine.stats()["totals"] if engine.plugin is not None else {}
+    queries = totals.get("n_hits", 0) + totals.get("n_misses", 0)
+    if not queries:
+        return speeds
+    n_experts = totals["n_experts_cpu"] + totals["n_experts_gpu"]
+    hit, gpu = 100 * totals["n_hits"] / queries, 100 * totals["n_experts_gpu"] / n_experts
+    experts = f"experts {hit:.0f} % hit, {gpu:.0f} % GPU, {size_text(totals['h2d_bytes'])} moved"
+    return f"{speeds.removesuffix(' ]')} | {experts} ]"
+
+
+def _hybrid_lines(engine: Engine, totals: dict[str, Any]) -> list[str]:
+    """What accelerators did, and what the guard makes of it; nothing without accelerators."""
+    queries = totals["n_hits"] + totals["n_misses"]
+    state = engine.expert_state()
+    if not queries or not state.get("devices"):
+        return []
+    lines = [
+        f"expert cache {totals['n_hits'] / queries:.0%} hits, {totals['n_late']} late, "
+        f"{totals['n_evictions']} evictions, {totals['n_copies']} copies ({totals['n_prefetched']} prefetched), {size_text(totals['h2d_bytes'])} moved",
+        f"planning {totals['plan_us'] / 1000:.1f} ms, waiting for accelerators {totals['wait_us'] / 1000:.1f} ms",
+    ]
+    for device in state["devices"]:
+        lines.append(
+            f"{device['name']}: {sum(device['n_slots'])} slots ({size_text(device['cache_bytes'])}), "
+            f"{device['gpu_expert_us']:.0f} us an expert, {device['copy_expert_us']:.0f} us a copy"
+        )
+    guard = state["guard"]
+    lines.append(
+        f"CPU {state['cpu_expert_us']:.0f} us an expert; guard {'on' if guard['on'] else 'off'}, level {guard['level']}"
+    )
+    return lines + [line for _, line in engine.expert_events() if line.startswith(("guard:", "cost model:"))][-5:]

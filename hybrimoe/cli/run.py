@@ -12,11 +12,12 @@ from hybrimoe.cli.loading import (
     model_path,
     open_engine,
     sampling,
+    show_events,
     split_positionals,
     warn_unless_verified,
 )
 from hybrimoe.cli.prompt import one_prompt, system_prompt
-from hybrimoe.cli.report import expert_table
+from hybrimoe.cli.report import expert_table, footer
 from hybrimoe.config import Settings
 from hybrimoe.errors import EXIT_INTERRUPTED
 
@@ -41,10 +42,11 @@ def run(settings: Settings, positionals: list[str]) -> int:
         code = _stream(answer, quiet=settings.json)
         if not verified:
             warn_unless_verified(engine)
+        show_events(engine)
         if settings.json:
             print(json.dumps(_report(engine, answer, prompt), ensure_ascii=False))
         elif settings.show_timings and answer.tokens:
-            note(answer.timings.footer())
+            note(footer(engine, answer))
         if settings.expert_stats:
             note(expert_table(engine))
     return code

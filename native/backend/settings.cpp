@@ -145,6 +145,10 @@ void parse_faults(const std::string & key, const json_value & value, settings & 
                                  : name == "fail_alloc_from"  ? &faults.fail_alloc_from
                                  : name == "fail_alloc_until" ? &faults.fail_alloc_until
                                  : name == "free_bytes"       ? &faults.free_bytes
+                                 : name == "scarce_from"      ? &faults.scarce_from
+                                 : name == "scarce_until"     ? &faults.scarce_until
+                                 : name == "scarce_bytes"     ? &faults.scarce_bytes
+                                 : name == "copy_patience_us" ? &faults.copy_patience_us
                                                               : nullptr;
         if (target == nullptr) {
             throw std::invalid_argument("unknown key \"" + key + "." + name + "\"");
@@ -181,6 +185,8 @@ const key_reader readers[] = {
     {"costs", parse_costs},
     {"max_batch_tokens", [](const std::string & key, const json_value & value,
                             settings & out) { out.max_batch_tokens = read_count(key, value, 1); }},
+    {"n_cpu_layers", [](const std::string & key, const json_value & value,
+                        settings & out) { out.n_cpu_layers = read_count(key, value); }},
     {"route_trace", [](const std::string & key, const json_value & value,
                        settings & out) { out.route_trace = read_text(key, value); }},
     {"throttle_link_bytes_per_s", [](const std::string & key, const json_value & value,

@@ -36,6 +36,10 @@ struct fault_plan {
     int64_t fail_alloc_from  = 0;  // this device allocation and all after it give nothing
     int64_t fail_alloc_until = 0;  // ... up to this one; 0: without end
     int64_t free_bytes       = -1; // what devices report as free; below 0: the truth
+    int64_t scarce_from      = 0;  // from this look at free memory on there are scarce_bytes
+    int64_t scarce_until     = 0;  // ... and from this one on free_bytes again; 0: for good
+    int64_t scarce_bytes     = 0;
+    int64_t copy_patience_us = 0; // how long a copy may take; 0: as long as usual
 };
 
 struct settings {
@@ -54,6 +58,7 @@ struct settings {
     bool live_costs          = true;
     std::optional<simple_costs> simple;
     std::string costs_json;            // cost section of a calibration; empty: measured at the start
+    int64_t n_cpu_layers     = 0;      // the first layers (llama.cpp's indices) that have no slots
     int64_t max_batch_tokens = 512;    // work memory that is reserved for prefill
     std::string route_trace;           // benchmark only: a file whose expert ids replace the router's
     double throttle_bytes_per_s = 0.0; // benchmark only: copies are no faster

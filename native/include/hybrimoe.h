@@ -32,6 +32,7 @@ HYBRIMOE_API const char * hybrimoe_check_ggml(void);
 //   "devices"           accelerators: "auto" (every GPU that ggml has) or a list of ggml's device names
 //   "expert_cache"      "auto" (what is free), slots per layer, {"bytes": n} or {"fraction": f}; 0: none
 //   "fit_margin_bytes"  device memory that stays free with "auto"
+//   "n_cpu_layers"      the first layers that have no slots
 //   "cache_policy", "schedule", "prefetch", "admission"   policies of the core, "name" or "name:param=value,..."
 //   "guard", "live_costs", "pin_experts", "log_to_stderr" true or false
 //   "costs"             null (measured at the start), the cost section of a calibration, or for every expert alike

@@ -18,6 +18,7 @@ constexpr double copy_patience         = 20.0; // times the predicted time that 
 constexpr double copy_patience_us      = 1e7;  // and this much more: a first launch may compile shaders
 constexpr double least_wait_us         = 5.0;  // a shorter wait says nothing about the accelerator's time
 constexpr double no_wait_us            = 0.0;
+constexpr int32_t nowhere              = -2; // of an expert whose accelerator did not compute it
 
 } // namespace
 
@@ -217,6 +218,10 @@ void hybrid_dispatch::take_results() {
                 }
             } else {
                 runtime_->on_fail(result.id, now);
+                if (!told_copy_[d]) {
+                    told_copy_[d] = true;
+                    log_.add("%s: a copy failed: such experts run on the CPU", devices_[d]->port.name().c_str());
+                }
             }
         }
     }
@@ -281,7 +286,8 @@ const float * hybrid_dispatch::widened(const float * scores) {
 
 bool hybrid_dispatch::has_scratch() const {
     const int cls = book_.layer(layer_).cls;
-    return std::all_of(devices_.begin(), devices_.end(),
+    return book_.layer(layer_).llama_layer >= config_.n_cpu_layers &&
+           std::all_of(devices_.begin(), devices_.end(),
                        [cls](const auto & device) { return device->scratch[static_cast<size_t>(cls)].n_slots() > 0; });
 }
 
@@ -427,7 +433,9 @@ void hybrid_dispatch::finish() {
     }
     std::lock_guard<std::mutex> lock(mutex_);
     const double wait_begin_us = clock_.now_us();
-    const double patience_us   = copy_patience_us + copy_patience * decision_->plan.makespan_us;
+    const double patience_us   = config_.faults.copy_patience_us > 0
+                                     ? static_cast<double>(config_.faults.copy_patience_us)
+                                     : copy_patience_us + copy_patience * decision_->plan.makespan_us;
     for (size_t d = 0; d < devices_.size(); d++) {
         if (steps_[d]->has_work() && steps_[d]->finish(patience_us)) {
             is_suspended_[d] = true;
@@ -436,17 +444,33 @@ void hybrid_dispatch::finish() {
         }
     }
     const double end_us = clock_.now_us();
+    find_rest();
+    observe_step(wait_begin_us, end_us);
+}
+
+// Pairs that an accelerator was to compute and did not.
+void hybrid_dispatch::find_rest() {
     rest_.assign(take_.size(), 0);
-    for (size_t p = 0; p < take_.size(); p++) {
-        const int32_t device = where_[static_cast<size_t>(pairs_.ids[p])];
-        if (device != cpu_device &&
-            !steps_[static_cast<size_t>(device)]->has_pair(
-                static_cast<int64_t>(p) / pairs_.top_k, static_cast<int32_t>(static_cast<int64_t>(p) % pairs_.top_k))) {
-            rest_[p]  = 1;
+    for (size_t d = 0; d < devices_.size(); d++) {
+        for (const device_item & item : steps_[d]->items()) {
+            if (item.done) {
+                continue;
+            }
             any_rest_ = true;
+            n_gpu_--;
+            n_cpu_++;
+            where_[static_cast<size_t>(item.expert)] = nowhere;
+            const bool has_copy = item.transfer == 0 || !devices_[d]->worker.has_failed(item.transfer);
+            if (has_copy && !is_suspended_[d] && !told_memory_[d]) {
+                told_memory_[d] = true;
+                log_.add("%s has no work memory for %lld tokens: such experts run on the CPU",
+                         devices_[d]->port.name().c_str(), static_cast<long long>(pairs_.n_tokens));
+            }
         }
     }
-    observe_step(wait_begin_us, end_us);
+    for (size_t p = 0; any_rest_ && p < rest_.size(); p++) {
+        rest_[p] = where_[static_cast<size_t>(pairs_.ids[p])] == nowhere ? 1 : 0;
+    }
 }
 
 void hybrid_dispatch::observe_step(double wait_begin_us, double end_us) {
@@ -502,7 +526,7 @@ const float * hybrid_dispatch::row(int64_t token, int32_t k) const {
         return nullptr;
     }
     const int32_t device = where_[static_cast<size_t>(pairs_.ids[token * pairs_.top_k + k])];
-    return device == cpu_device ? nullptr : steps_[static_cast<size_t>(device)]->row(token, k);
+    return device < 0 ? nullptr : steps_[static_cast<size_t>(device)]->row(token, k);
 }
 
 void hybrid_dispatch::end_block() {

@@ -75,6 +75,7 @@ private:
     // setup
     void set_up();
     bool open_devices();
+    bool may_cache(const accelerator & device, int layer) const;
     void size_caches(std::vector<std::vector<int>> & slots);
     std::vector<int> slots_for_budget(const accelerator & device, double budget) const;
     void allocate_slots(std::vector<std::vector<int>> & slots);
@@ -106,6 +107,7 @@ private:
     copy_order order_of(const transfer & t);
     int64_t transfer_of(int layer, int expert) const;
     double copied_so_far() const;
+    void find_rest();
     void log_drift(const drift_report & drift) const;
     void observe_step(double wait_begin_us, double end_us);
 
@@ -154,8 +156,9 @@ private:
     bool pass_is_decode_ = true, was_prompt_ = false;
     int64_t pass_tokens_ = 1;
     double pass_us_ = 0.0, last_end_us_ = 0.0, gap_us_ = 0.0;
-    int64_t n_passes_ = 0;
-    std::vector<bool> is_suspended_; // per device: a copy got stuck
+    int64_t n_passes_ = 0, n_looks_ = 0;
+    std::vector<bool> told_memory_, told_copy_; // per device: said once
+    std::vector<bool> is_suspended_;            // per device: a copy got stuck
 
     mutable std::mutex mutex_; // runtime_ and what describe_state reads
 };

@@ -60,6 +60,11 @@ bool hybrid_dispatch::open_devices() {
     return !devices_.empty();
 }
 
+bool hybrid_dispatch::may_cache(const accelerator & device, int layer) const {
+    return book_.layer(layer).llama_layer >= config_.n_cpu_layers &&
+           device_compute::supports(device.port, book_.layer(layer).layout);
+}
+
 // As many slots for each layer as the budget holds, then one more for as many layers as the rest allows.
 std::vector<int> hybrid_dispatch::slots_for_budget(const accelerator & device, double budget) const {
     const int n_layers = book_.n_layers();
@@ -68,7 +73,7 @@ std::vector<int> hybrid_dispatch::slots_for_budget(const accelerator & device, d
     double sum = 0.0;
     for (int layer = 0; layer < n_layers; layer++) {
         const expert_layout & layout = book_.layer(layer).layout;
-        if (device_compute::supports(device.port, layout)) {
+        if (may_cache(device, layer)) {
             bytes[static_cast<size_t>(layer)] =
                 static_cast<double>(slot_set::needed_bytes(device.port, layout, 16)) / 16.0;
             sum += bytes[static_cast<size_t>(layer)];
@@ -117,7 +122,7 @@ void hybrid_dispatch::size_caches(std::vector<std::vector<int>> & slots) {
                 const double n    = size.is == expert_cache_size::kind::slots
                                         ? static_cast<double>(size.n_slots)
                                         : std::round(size.fraction * book_.layer(layer).layout.n_expert);
-                const bool usable = device_compute::supports(devices_[d]->port, book_.layer(layer).layout);
+                const bool usable = may_cache(*devices_[d], layer);
                 one.push_back(usable ? static_cast<int>(std::ceil(n * share - 1e-9)) : 0);
             }
             slots.push_back(std::move(one));
@@ -160,8 +165,10 @@ void hybrid_dispatch::allocate_slots(std::vector<std::vector<int>> & slots) {
         }
         for (int cls = 0; has_any && cls < book_.n_classes(); cls++) {
             const expert_layout & layout = book_.of_class(cls).layout;
-            if (device_compute::supports(device.port, layout)) {
-                device.scratch[static_cast<size_t>(cls)].allocate(device.port, layout, n_scratch_slots);
+            if (device_compute::supports(device.port, layout) &&
+                !device.scratch[static_cast<size_t>(cls)].allocate(device.port, layout, n_scratch_slots)) {
+                log_.add("%s has no memory left to stream experts through: prompts use the cached ones only",
+                         device.port.name().c_str());
             }
         }
     }
@@ -235,6 +242,8 @@ void hybrid_dispatch::set_up() {
     wanted_slots_ = slots;
     shrink_.assign(devices_.size(), 1.0);
     is_suspended_.assign(devices_.size(), false);
+    told_copy_.assign(devices_.size(), false);
+    told_memory_.assign(devices_.size(), false);
     orders_.resize(devices_.size());
     double cached = 0.0;
     for (const auto & device : devices_) {
@@ -451,14 +460,20 @@ void hybrid_dispatch::fill_layers(int device) {
 }
 
 void hybrid_dispatch::watch_memory() {
-    const auto margin = static_cast<double>(config_.fit_margin_bytes);
+    const auto margin         = static_cast<double>(config_.fit_margin_bytes);
+    const fault_plan & faults = config_.faults;
+    n_looks_++;
+    const bool is_scarce = faults.scarce_from > 0 && n_looks_ >= faults.scarce_from &&
+                           (faults.scarce_until == 0 || n_looks_ < faults.scarce_until);
     for (size_t d = 0; d < devices_.size(); d++) {
-        if (config_.expert_cache.is != expert_cache_size::kind::automatic || devices_[d]->port.is_cpu() ||
+        const bool is_own_memory = !devices_[d]->port.is_cpu() || faults.free_bytes >= 0;
+        if (config_.expert_cache.is != expert_cache_size::kind::automatic || !is_own_memory ||
             guard_.level() == guard_level::static_layers) {
             continue; // a size that the user gave stays
         }
-        const auto free = static_cast<double>(devices_[d]->port.free_bytes());
-        double wanted   = 0.0;
+        const auto free =
+            static_cast<double>(is_scarce ? faults.scarce_bytes : static_cast<int64_t>(devices_[d]->port.free_bytes()));
+        double wanted = 0.0;
         for (int layer = 0; layer < book_.n_layers(); layer++) {
             wanted += static_cast<double>(book_.layer(layer).layout.expert_bytes()) *
                       wanted_slots_[d][static_cast<size_t>(layer)];

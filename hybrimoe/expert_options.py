@@ -1,0 +1,154 @@
+"""How experts are shared between CPU and accelerators: what the user may choose, as the plug-in's settings."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hybrimoe.errors import UsageError
+
+if TYPE_CHECKING:
+    from hybrimoe.gguf_model import GgufModel
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """How much of the accelerators' memory experts may take: one of the fields, or none for what is free."""
+
+    n_slots: int | None = None
+    n_bytes: int | None = None
+    fraction: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> CacheSize:
+        """Reads `auto`, slots per layer (`32`), a share of the experts (`0.25`, `25%`) or a size (`6GiB`).
+
+        Raises ValueError.
+        """
+        from hybrimoe.config import parse_size
+
+        word = text.strip().lower()
+        if word == "auto":
+            return cls()
+        if re.fullmatch(r"\d+", word):
+            return cls(n_slots=int(word))
+        if re.fullmatch(r"\d*\.\d+|\d+\.\d*|\d+(\.\d+)?\s*%", word):
+            share = float(word.rstrip("% ")) / (100 if word.endswith("%") else 1)
+            if share > 1:
+                raise ValueError(f"'{text}' is more than all experts")
+            return cls(fraction=share)
+        try:
+            return cls(n_bytes=parse_size(text))
+        except ValueError:
+            raise ValueError(
+                f"'{text}' is neither auto, nor slots per layer, nor a share such as 25%, nor a size such as 6GiB"
+            ) from None
+
+    @property
+    def is_off(self) -> bool:
+        return self.n_slots == 0 or self.n_bytes == 0 or self.fraction == 0
+
+    def setting(self) -> Any:
+        """The value of the plug-in's key `expert_cache`."""
+        if self.n_slots is not None:
+            return self.n_slots
+        if self.n_bytes is not None:
+            return {"bytes": self.n_bytes}
+        return {"fraction": self.fraction} if self.fraction is not None else "auto"
+
+
+@dataclass(frozen=True)
+class ExpertOptions:
+    """Policies are the core's, as `name` or `name:param=value,...`; see `docs/policies.md`.
+
+    `devices` None: every GPU; empty: none; names are ggml's, and `CPU` is a second CPU backend as a stand-in.
+    `calibration` is a file of `hybrimoe probe`; None: costs are measured when the model starts. `state_dir` is where
+    residency is kept from one run to the next; None: nowhere. The first `n_cpu_layers` layers have no slots. `extra`
+    are further keys of `hybrimoe_configure`.
+    """
+
+    cache: CacheSize = CacheSize()
+    devices: tuple[str, ...] | None = None
+    cache_policy: str = "mrs"
+    schedule: str = "two-threshold"
+    prefetch: str = "impact"
+    admission: str = "pays"
+    guard: bool = True
+    live_costs: bool = True
+    fit_margin_bytes: int = GIB
+    pin_experts: bool = False
+    calibration: Path | None = None
+    state_dir: Path | None = None
+    n_cpu_layers: int = 0
+    extra: Mapping[str, Any] | None = None
+
+    def settings(self, model: GgufModel, n_batch: int, known_devices: Sequence[str]) -> dict[str, Any]:
+        """All keys of `hybrimoe_configure`. Raises UsageError for unknown devices, policies and parameters."""
+        for name in self.devices or ():
+            if name not in known_devices:
+                known = ", ".join(known_devices)
+                raise UsageError(f"--device: there is no device '{name}'", f"ggml has: {known}")
+        self._check_policies()
+        return {
+            "devices": "auto" if self.devices is None else list(self.devices),
+            "expert_cache": self.cache.setting(),
+            "fit_margin_bytes": self.fit_margin_bytes,
+            "cache_policy": self.cache_policy,
+            "schedule": self.schedule,
+            "prefetch": self.prefetch,
+            "admission": self.admission,
+            "guard": self.guard,
+            "live_costs": self.live_costs,
+            "costs": self._costs(model),
+            "max_batch_tokens": n_batch,
+            "state_path": str(self._state_path(model)) if self.state_dir is not None else "",
+            "log_to_stderr": False,
+            "pin_experts": self.pin_experts,
+            "n_cpu_layers": self.n_cpu_layers,
+            **(self.extra or {}),
+        }
+
+    def _check_policies(self) -> None:
+        from hybrimoe.native.core import Kind, Policy, policies
+
+        for kind, flag, text in (
+            (Kind.EVICTION, "--cache-policy", self.cache_policy),
+            (Kind.SCHEDULER, "--schedule", self.schedule),
+            (Kind.PREFETCH, "--prefetch", self.prefetch),
+            (Kind.ADMISSION, "--admission", self.admission),
+        ):
+            given = Policy.parse(text)
+            usable = {p.name: p for p in policies(kind) if not p.oracle}
+            if given.name not in usable:
+                raise UsageError(f"{flag}: there is no '{given.name}'", f"known are {', '.join(usable)}")
+            params = [p.name for p in usable[given.name].params]
+            for name in given.params:
+                if name not in params:
+                    known = ", ".join(params) or "none"
+                    raise UsageError(f"{flag}: '{given.name}' has no parameter '{name}'", f"it has: {known}")
+
+    def _costs(self, model: GgufModel) -> dict[str, Any] | None:
+        from hybrimoe import calibration
+
+        return None if self.calibration is None else calibration.load(self.calibration).cost_section(model)
+
+    def _state_path(self, model: GgufModel) -> Path:
+        if self.state_dir is None:
+            raise ValueError("no folder for the state was given")
+        self.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = model.path.stat()
+        identity = f"{model.path.resolve()}\n{status.st_size}\n{status.st_mtime_ns}"
+        return self.state_dir / f"experts-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
+
+
+def default_state_dir() -> Path:
+    """Where residency is kept by default."""
+    import platformdirs
+
+    return Path(platformdirs.user_state_dir("hybrimoe", appauthor=False))
