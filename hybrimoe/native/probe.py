@@ -132,7 +132,6 @@ class CpuProbe(_Probe):
         _call(self._library.hybrimoe_cpu_probe_run, self._handle, n_active, n_tokens, n_threads, n_runs, us)
         return list(us)
 
-
     def nodes(self, n_nodes: int, n_threads: int, n_runs: int) -> list[float]:
         """Microseconds of graphs of `n_nodes` small operations."""
         us = (ct.c_double * n_runs)()
