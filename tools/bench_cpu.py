@@ -34,6 +34,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench_process import WorkerProcess
+
 from hybrimoe.errors import HybrimoeError, UsageError, render
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -175,7 +177,7 @@ def status_bytes() -> dict[str, int]:
 # --- the parent -------------------------------------------------------------------------------------------------------
 
 
-class Child:
+class Child(WorkerProcess):
     """A running row."""
 
     def __init__(self, row: Row, options: argparse.Namespace) -> None:
@@ -188,36 +190,9 @@ class Child:
         environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}
         if row.cpu:
             environment["HYBRIMOE_CPU"] = row.cpu
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
-        )
-        self.ready = self._read()
+        super().__init__(row.name, command, environment, give_up_s=3600.0)
         if self.ready["n_blocks_delegated"]:
             print(f"warning: {row.name} delegated blocks instead of dispatching them", file=sys.stderr)
-
-    def ask(self, **request: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return self._read()
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            status = self._process.wait()
-            raise HybrimoeError(f"the row {self.row.name} ended with status {status}", "its own message stands above")
-        reply: dict[str, Any] = json.loads(line)
-        return reply
-
-    def close(self) -> None:
-        if self._process.stdin is not None:
-            self._process.stdin.close()
-        try:
-            self._process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
 
 
 def largest_test(options: argparse.Namespace) -> int:
