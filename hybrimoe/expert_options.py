@@ -115,23 +115,16 @@ class ExpertOptions:
         }
 
     def _check_policies(self) -> None:
-        from hybrimoe.native.core import Kind, Policy, policies
-
-        for kind, flag, text in (
-            (Kind.EVICTION, "--cache-policy", self.cache_policy),
-            (Kind.SCHEDULER, "--schedule", self.schedule),
-            (Kind.PREFETCH, "--prefetch", self.prefetch),
-            (Kind.ADMISSION, "--admission", self.admission),
+        for flag, text in (
+            ("--cache-policy", self.cache_policy),
+            ("--schedule", self.schedule),
+            ("--prefetch", self.prefetch),
+            ("--admission", self.admission),
         ):
-            given = Policy.parse(text)
-            usable = {p.name: p for p in policies(kind) if not p.oracle}
-            if given.name not in usable:
-                raise UsageError(f"{flag}: there is no '{given.name}'", f"known are {', '.join(usable)}")
-            params = [p.name for p in usable[given.name].params]
-            for name in given.params:
-                if name not in params:
-                    known = ", ".join(params) or "none"
-                    raise UsageError(f"{flag}: '{given.name}' has no parameter '{name}'", f"it has: {known}")
+            try:
+                check_policy(flag, text)
+            except ValueError as error:
+                raise UsageError(f"{flag}: {error}", "docs/policies.md lists them") from None
 
     def _costs(self, model: GgufModel) -> dict[str, Any] | None:
         from hybrimoe import calibration
@@ -145,6 +138,22 @@ class ExpertOptions:
         status = model.path.stat()
         identity = f"{model.path.resolve()}\n{status.st_size}\n{status.st_mtime_ns}"
         return self.state_dir / f"experts-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
+
+
+def check_policy(flag: str, text: str) -> str:
+    """`text` if it is a policy for `flag` that does not need the future. Raises ValueError."""
+    from hybrimoe.native.core import Kind, Policy, policies
+
+    kind = {"--cache-policy": Kind.EVICTION, "--schedule": Kind.SCHEDULER, "--prefetch": Kind.PREFETCH}
+    given = Policy.parse(text)
+    usable = {p.name: p for p in policies(kind.get(flag, Kind.ADMISSION)) if not p.oracle}
+    if given.name not in usable:
+        raise ValueError(f"there is no '{given.name}', known are {', '.join(usable)}")
+    params = [p.name for p in usable[given.name].params]
+    for name in given.params:
+        if name not in params:
+            raise ValueError(f"'{given.name}' has no parameter '{name}', it has {', '.join(params) or 'none'}")
+    return text
 
 
 def default_state_dir() -> Path:

@@ -6,8 +6,10 @@ only once it does something.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from hybrimoe.config import Option, choice, flash_attention, gpu_layers, integer, number, parse_bool, parse_size, seed
-from hybrimoe.expert_options import CacheSize
+from hybrimoe.expert_options import CacheSize, check_policy
 
 _KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 
@@ -23,6 +25,10 @@ def _cache_size(text: str) -> str:
 def _size(text: str) -> str:
     parse_size(text)
     return text.strip()
+
+
+def _policy(flag: str) -> Callable[[str], str]:
+    return lambda text: check_policy(flag, text)
 
 
 def _on_off(text: str) -> str:
@@ -195,11 +201,25 @@ EXPERT_OPTIONS: tuple[Option, ...] = (
         section=EXPERTS,
     ),
     Option(
-        ("--cache-policy",), "Which expert leaves the cache (docs/policies.md).", "mrs", str, "NAME", section=EXPERTS
+        ("--cache-policy",),
+        "Which expert leaves the cache (docs/policies.md).",
+        "mrs",
+        _policy("--cache-policy"),
+        "NAME",
+        section=EXPERTS,
     ),
-    Option(("--schedule",), "Who computes which expert of a layer.", "two-threshold", str, "NAME", section=EXPERTS),
-    Option(("--prefetch",), "What is copied ahead of time.", "impact", str, "NAME", section=EXPERTS),
-    Option(("--admission",), "Which missed expert gets a slot.", "pays", str, "NAME", section=EXPERTS),
+    Option(
+        ("--schedule",),
+        "Who computes which expert of a layer.",
+        "two-threshold",
+        _policy("--schedule"),
+        "NAME",
+        section=EXPERTS,
+    ),
+    Option(("--prefetch",), "What is copied ahead of time.", "impact", _policy("--prefetch"), "NAME", section=EXPERTS),
+    Option(
+        ("--admission",), "Which missed expert gets a slot.", "pays", _policy("--admission"), "NAME", section=EXPERTS
+    ),
     Option(
         ("--guard",),
         "Never slower than plain llama.cpp: give up copies, prefetch, the cache while they lose; on or off.",

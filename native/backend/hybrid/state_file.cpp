@@ -1,5 +1,7 @@
 #include "hybrid/state_file.h"
 
+#include "core/types.h"
+
 #include "nlohmann/json.hpp"
 
 #include <cstdio>
@@ -38,7 +40,11 @@ bool read_state(const std::string & path, const layer_book & book, std::vector<s
             return false;
         }
         for (const nlohmann::json & layer : data.at("resident")) {
-            experts.push_back(layer.get<std::vector<int32_t>>());
+            std::vector<int32_t> ids;
+            for (const int64_t id : layer.get<std::vector<int64_t>>()) {
+                ids.push_back(id < 0 || id > max_experts ? -1 : static_cast<int32_t>(id));
+            }
+            experts.push_back(std::move(ids));
         }
         bool fits = experts.size() == static_cast<size_t>(book.n_layers());
         for (size_t layer = 0; fits && layer < experts.size(); layer++) {
@@ -54,8 +60,8 @@ bool read_state(const std::string & path, const layer_book & book, std::vector<s
             return true;
         }
         problem = path + " names experts that the model does not have";
-    } catch (const nlohmann::json::exception & error) {
-        problem = path + " is damaged";
+    } catch (const std::exception &) { // the file system's errors come through the parser too
+        problem = path + " is damaged or cannot be read";
     }
     experts.clear();
     return false;
