@@ -126,10 +126,16 @@ class Calibration:
         return {"shape": one["shape"], **one["by_threads"][str(self.n_threads)]}
 
     def dense_bytes_per_us(self) -> float:
-        """What matrix-vector products read where the dense weights are."""
+        """What matrix-vector products read where the dense weights are.
+
+        Repacked dense weights, llama.cpp's default, reach the rate of the expert kernels; others ggml's generic one.
+        """
+        from hybrimoe.llama_seam import has_faulty_amx
         from hybrimoe.probing.measure import expert_bytes
 
         best = self._best()
+        if "dense_bytes_per_us" in best and has_faulty_amx():
+            return float(best["dense_bytes_per_us"])
         return expert_bytes(_shape_of(best["shape"])) / float(best["points"][0][1])
 
     def dense_macs_per_us(self) -> float:

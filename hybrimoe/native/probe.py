@@ -56,6 +56,7 @@ _PROTOTYPES: dict[str, tuple[object, tuple[object, ...]]] = {
     "hybrimoe_cpu_probe_close": (None, (_handle,)),
     "hybrimoe_cpu_probe_run": (ct.c_int, (_handle, *(ct.c_int32,) * 4, _f64p, *_error)),
     "hybrimoe_cpu_probe_nodes": (ct.c_int, (_handle, *(ct.c_int32,) * 3, _f64p, *_error)),
+    "hybrimoe_cpu_probe_dense": (ct.c_int, (_handle, *(ct.c_int32,) * 3, _f64p, *_error)),
     "hybrimoe_probe_read": (ct.c_int, (ct.c_int32, ct.c_size_t, ct.c_double, _f64p, *_error)),
     "hybrimoe_device_probe_open": (ct.c_int, (ct.c_int32, _shape, ct.POINTER(_handle), *_error)),
     "hybrimoe_device_probe_close": (None, (_handle,)),
@@ -136,6 +137,12 @@ class CpuProbe(_Probe):
         """Microseconds of graphs of `n_nodes` small operations."""
         us = (ct.c_double * n_runs)()
         _call(self._library.hybrimoe_cpu_probe_nodes, self._handle, n_nodes, n_threads, n_runs, us)
+        return list(us)
+
+    def dense(self, n_experts: int, n_threads: int, n_runs: int) -> list[float]:
+        """Microseconds of ggml's own product of one row with the gate matrices of `n_experts` at once."""
+        us = (ct.c_double * n_runs)()
+        _call(self._library.hybrimoe_cpu_probe_dense, self._handle, n_experts, n_threads, n_runs, us)
         return list(us)
 
 

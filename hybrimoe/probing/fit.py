@@ -93,6 +93,8 @@ def fit_all(samples: Mapping[str, Any]) -> dict[str, Any]:
             by_threads[str(n)] = fit_experts(mine, f"experts on {n} CPU threads")
             times = [us / s["n_nodes"] for s in one["nodes"] if s["n_threads"] == n for us in s["us"]]
             by_threads[str(n)]["node_us"] = statistics.median(times)
+            rates = [s["n_bytes"] / us for s in one["dense"] if s["n_threads"] == n for us in s["us"]]
+            by_threads[str(n)]["dense_bytes_per_us"] = statistics.median(rates)
         cpu.append({"shape": one["shape"], "by_threads": by_threads})
     devices = []
     for one in samples["devices"]:

@@ -108,15 +108,21 @@ def _read(request: Request, room: int) -> list[dict[str, float]]:
     return [{"n_threads": n, "bytes_per_us": read_rate(n, room, seconds)} for n in request.n_threads for _ in range(2)]
 
 
-def expert_bytes(shape: FfnShape) -> int:
-    """Bytes of one expert of this shape."""
+def _matrix_bytes(number: int, n_in: int, n_out: int) -> int:
     from hybrimoe.gguf_header import GGML_TYPES
 
-    def matrix(number: int, n_in: int, n_out: int) -> int:
-        kind = GGML_TYPES[number]
-        return n_in // kind.block_elems * kind.block_bytes * n_out
+    kind = GGML_TYPES[number]
+    return n_in // kind.block_elems * kind.block_bytes * n_out
 
-    return 2 * matrix(shape.gate_type, shape.n_embd, shape.n_ff) + matrix(shape.down_type, shape.n_ff, shape.n_embd)
+
+def gate_bytes(shape: FfnShape) -> int:
+    """Bytes of one expert's gate matrix."""
+    return _matrix_bytes(shape.gate_type, shape.n_embd, shape.n_ff)
+
+
+def expert_bytes(shape: FfnShape) -> int:
+    """Bytes of one expert of this shape."""
+    return 2 * gate_bytes(shape) + _matrix_bytes(shape.down_type, shape.n_ff, shape.n_embd)
 
 
 def _n_experts(shape: FfnShape, room: int) -> int:
@@ -160,7 +166,11 @@ def _cpu(shape: FfnShape, request: Request, room: int, seconds: float) -> dict[s
             for (n_active, n_tokens), us in zip(batches, all_us, strict=True):
                 samples.append({"n_threads": n_threads, "n_active": n_active, "n_tokens": n_tokens, "us": us})
         nodes = [{"n_threads": n, "n_nodes": _NODES, "us": probe.nodes(_NODES, n, 20)} for n in request.n_threads]
-    return {"n_experts": n_experts, "samples": samples, "nodes": nodes}
+        n_bytes = _BATCH_ACTIVE * gate_bytes(shape)
+        dense = [
+            {"n_threads": n, "n_bytes": n_bytes, "us": probe.dense(_BATCH_ACTIVE, n, 20)} for n in request.n_threads
+        ]
+    return {"n_experts": n_experts, "samples": samples, "nodes": nodes, "dense": dense}
 
 
 def _device(device: int, request: Request, room: int, seconds: float) -> dict[str, Any]:

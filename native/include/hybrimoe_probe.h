@@ -34,6 +34,11 @@ HYBRIMOE_API int hybrimoe_cpu_probe_run(hybrimoe_cpu_probe * probe, int32_t n_ac
 HYBRIMOE_API int hybrimoe_cpu_probe_nodes(hybrimoe_cpu_probe * probe, int32_t n_nodes, int32_t n_threads,
                                           int32_t n_runs, double * us, char * error, size_t error_size);
 
+// Dense products as ggml's own kernels run them on weights in the file's layout: one row of n_embd values times the
+// gate matrices of n_experts experts at once. Bytes read: n_experts gate matrices.
+HYBRIMOE_API int hybrimoe_cpu_probe_dense(hybrimoe_cpu_probe * probe, int32_t n_experts, int32_t n_threads,
+                                          int32_t n_runs, double * us, char * error, size_t error_size);
+
 // What n_threads read per microsecond from main memory, from a buffer of n_bytes, in about `seconds`.
 HYBRIMOE_API int hybrimoe_probe_read(int32_t n_threads, size_t n_bytes, double seconds, double * bytes_per_us,
                                      char * error, size_t error_size);

@@ -69,6 +69,12 @@ int hybrimoe_cpu_probe_nodes(hybrimoe_cpu_probe * probe, int32_t n_nodes, int32_
     return guarded(error, error_size, [&]() { given(probe).probe.run_nodes(n_nodes, n_threads, n_runs, &given(us)); });
 }
 
+int hybrimoe_cpu_probe_dense(hybrimoe_cpu_probe * probe, int32_t n_experts, int32_t n_threads, int32_t n_runs,
+                             double * us, char * error, size_t error_size) {
+    return guarded(error, error_size,
+                   [&]() { given(probe).probe.run_dense(n_experts, n_threads, n_runs, &given(us)); });
+}
+
 int hybrimoe_probe_read(int32_t n_threads, size_t n_bytes, double seconds, double * bytes_per_us, char * error,
                         size_t error_size) {
     return guarded(error, error_size, [&]() {

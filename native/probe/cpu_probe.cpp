@@ -164,6 +164,39 @@ void cpu_probe::run_nodes(int n_nodes, int n_threads, int n_runs, double * us) {
     }
 }
 
+void cpu_probe::run_dense(int n_experts, int n_threads, int n_runs, double * us) {
+    if (n_experts < 1 || n_experts > layer_.n_expert || n_threads < 1 || n_runs < 1) {
+        throw std::invalid_argument("the dense product to probe is out of range");
+    }
+    const int64_t n_out = layer_.n_ff * n_experts;
+    // ggml's backends plan their work memory themselves; only x and y are ours.
+    ggml_init_params params{};
+    params.mem_size = 8 * ggml_tensor_overhead() + static_cast<size_t>(layer_.n_embd + n_out) * sizeof(float) + 1024;
+    const std::unique_ptr<ggml_context, void (*)(ggml_context *)> tensors(ggml_init(params), ggml_free);
+    if (tensors == nullptr) {
+        throw std::bad_alloc();
+    }
+    ggml_tensor * x = ggml_new_tensor_1d(tensors.get(), GGML_TYPE_F32, layer_.n_embd);
+    std::fill_n(static_cast<float *>(x->data), static_cast<size_t>(layer_.n_embd), 0.5f);
+    ggml_set_no_alloc(tensors.get(), true);
+    const auto type = static_cast<ggml_type>(layer_.gate.type);
+    ggml_tensor * w = ggml_new_tensor_2d(tensors.get(), type, layer_.n_embd, n_out);
+    ggml_set_no_alloc(tensors.get(), false);
+    w->data         = gate_.data();
+    ggml_tensor * y = ggml_mul_mat(tensors.get(), w, x);
+    y->flags |= GGML_TENSOR_FLAG_COMPUTE;
+    int first = 0;
+    for (int i = 0; i < n_runs; ++i) {
+        w->data            = gate_.data() + static_cast<size_t>(first) * layer_.gate.expert_bytes;
+        first              = first + 2 * n_experts <= layer_.n_expert ? first + n_experts : 0;
+        const double start = now_us();
+        if (cpu_.run(&y, 1, n_threads) != GGML_STATUS_SUCCESS) {
+            throw std::runtime_error("ggml's CPU backend could not compute");
+        }
+        us[i] = now_us() - start;
+    }
+}
+
 struct reader_team::threads {
     std::vector<std::thread> all;
     std::atomic<int> state{0}; // 0 wait, 1 read, 2 leave

@@ -24,6 +24,7 @@ public:
     cpu_probe & operator=(const cpu_probe &) = delete;
 
     void run(int n_active, int n_tokens, int n_threads, int n_runs, double * us);
+    void run_dense(int n_experts, int n_threads, int n_runs, double * us);
     void run_nodes(int n_nodes, int n_threads, int n_runs, double * us);
 
 private:

@@ -44,6 +44,7 @@ def samples() -> Samples:
                     "n_experts": 64,
                     "samples": batches(8.0, 30.0, 120.0, 6.0, n_threads=2),
                     "nodes": [{"n_threads": 2, "n_nodes": 256, "us": times(512.0)}],
+                    "dense": [{"n_threads": 2, "n_bytes": 1 << 20, "us": times((1 << 20) / 11e3)}],
                 }
             ],
             "devices": [],

@@ -26,6 +26,7 @@ def test_parameters_are_found(samples: Samples, outliers: float, seed: int) -> N
     assert cpu["first_us"] == pytest.approx(30.0, rel=0.25)  # small beside the rest: what it adds to is within 5 %
     assert cpu["step_us"] + cpu["first_us"] + points[1.0] == pytest.approx(158.0, rel=0.05)
     assert cpu["node_us"] == pytest.approx(2.0, rel=0.05)
+    assert cpu["dense_bytes_per_us"] == pytest.approx(11e3, rel=0.05)
     (device,) = fit["devices"]
     link = device["copies"]["h2d_pinned"]
     assert link["latency_us"] == pytest.approx(9.0, rel=0.05)

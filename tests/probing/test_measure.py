@@ -48,6 +48,9 @@ def test_cpu_batches() -> None:
         for n_active, n_tokens in ((0, 1), (1, 1), (8, 1), (4, 16)):
             assert are_times(probe.run(n_active, n_tokens, 1, 3), 3)
         assert are_times(probe.nodes(16, 1, 2), 2)
+        assert are_times(probe.dense(4, 1, 3), 3)
+        with pytest.raises(HybrimoeError, match="out of range"):
+            probe.dense(17, 1, 1)
         for wrong in ((17, 1, 1, 1), (1, 0, 1, 1), (1, 1, 0, 1)):
             with pytest.raises(HybrimoeError, match="out of range"):
                 probe.run(*wrong)
