@@ -1,5 +1,6 @@
 #include "describe.h"
 
+#include <algorithm>
 #include <cmath>
 
 namespace hybrimoe {
@@ -8,6 +9,10 @@ namespace {
 
 using kernels::expert_matrix;
 using kernels::ffn_op;
+
+const ggml_tensor * without_views(const ggml_tensor * t) {
+    return t->view_src != nullptr ? t->view_src : t;
+}
 
 const ggml_tensor * without_reshape(const ggml_tensor * t) {
     while (t->op == GGML_OP_RESHAPE) {
@@ -46,34 +51,61 @@ public:
     }
 
 private:
-    // From the last expert product to the block's end: scale, bias, router weights, and the sum in ggml's order.
+    // From the last expert product to the block's end: scale, bias, router weights, the sum in ggml's order, and what
+    // is done to the sum alone.
     bool read_merge(described_block & out, linear_map & down) {
-        const ggml_tensor * pairs = nodes_[block_.merge - 1];
-        const ggml_tensor * sum   = nullptr;
-        int64_t n_adds            = 0;
-        for (int i = block_.merge; i < block_.end; i++) {
-            ggml_tensor * t = nodes_[i];
-            if (t->op == GGML_OP_MUL && t->src[0] == pairs && is_router_weight(t->src[1])) {
+        ggml_tensor * pairs = nodes_[block_.merge - 1];
+        ggml_tensor * sum   = nullptr;
+        int64_t n_adds      = 0;
+        last_pairs_         = pairs;
+        out.tail            = block_.merge;
+        for (; out.tail < block_.end; out.tail++) {
+            ggml_tensor * t = nodes_[out.tail];
+            if (t->op == GGML_OP_MUL && sum == nullptr && t->src[0] == pairs && is_router_weight(t->src[1])) {
                 if (out.weights != nullptr) {
                     return false;
                 }
                 out.weights = t->src[1];
-                last_pairs_ = t;
                 pairs       = t;
-            } else if ((t->op == GGML_OP_MUL || t->op == GGML_OP_ADD_ID) && t->src[0] == pairs &&
+            } else if ((t->op == GGML_OP_MUL || t->op == GGML_OP_ADD_ID) && sum == nullptr && t->src[0] == pairs &&
                        out.weights == nullptr) {
                 pairs = t;
                 down_ = t;
-            } else if (t->op == GGML_OP_ADD && out.weights != nullptr && adds_next(t, sum, n_adds + 1)) {
-                sum   = t;
-                out.y = t;
+            } else if (t->op == GGML_OP_ADD && adds_next(t, sum, n_adds + 1)) {
+                sum = t;
                 n_adds++;
+            } else if (t->op == GGML_OP_CONT && block_.top_k() == 1 && sum == nullptr && is_row(t->src[0], 0)) {
+                sum = t; // of one expert a token: llama.cpp copies the pairs
             } else if (!is_passive(t)) {
-                return false;
+                break;
+            }
+            last_pairs_ = pairs;
+        }
+        if (n_adds != block_.top_k() - 1) {
+            return false;
+        }
+        // Without a node of its own the sum of single pairs is the pairs, [n_embd, 1, n_tokens].
+        out.y                      = sum != nullptr ? sum : pairs;
+        out.y_token_bytes          = sum != nullptr ? sum->nb[1] : pairs->nb[2];
+        out.layer.weights_on_input = out.weights == nullptr;
+        const ggml_tensor * mapped = down_ != nullptr ? down_ : nodes_[block_.merge - 1];
+        return is_tail(out) && read_linear(mapped, down);
+    }
+
+    // Whether the nodes from the tail on read nothing that the kernels do not compute.
+    bool is_tail(const described_block & out) const {
+        for (int i = out.tail; i < block_.end; i++) {
+            for (const ggml_tensor * src : nodes_[i]->src) {
+                if (src != nullptr && without_views(src) != out.y && is_between(without_views(src), out.tail)) {
+                    return false;
+                }
             }
         }
-        const ggml_tensor * mapped = down_ != nullptr ? down_ : nodes_[block_.merge - 1];
-        return out.weights != nullptr && n_adds == block_.top_k() - 1 && n_adds > 0 && read_linear(mapped, down);
+        return true;
+    }
+
+    bool is_between(const ggml_tensor * t, int end) const {
+        return std::find(nodes_ + block_.experts, nodes_ + end, t) != nodes_ + end;
     }
 
     static bool is_passive(const ggml_tensor * t) {
@@ -169,7 +201,7 @@ private:
         case GGML_OP_GLU:
             return read_glu(h, out);
         case GGML_OP_MUL:
-            return read_clamped_swiglu(h, out);
+            return h->src[0]->op == GGML_OP_CLAMP ? read_clamped_swiglu(h, out) : read_situ(h, out);
         case GGML_OP_SQR:
             return read_ungated(h->src[0], true, out);
         case GGML_OP_UNARY:
@@ -218,6 +250,42 @@ private:
         return read_gated(act->src[0]->src[0], up->src[0], out);
     }
 
+    // SCALE(TANH(SCALE(inner, 1 / beta)), beta): returns inner, null for anything else.
+    static const ggml_tensor * read_bounded(const ggml_tensor * t, float & beta) {
+        if (t->op != GGML_OP_SCALE || !is_unary(t->src[0], GGML_UNARY_OP_TANH) ||
+            t->src[0]->src[0]->op != GGML_OP_SCALE) {
+            return nullptr;
+        }
+        const ggml_tensor * inner = t->src[0]->src[0];
+        const auto * by           = reinterpret_cast<const float *>(t->op_params);
+        const auto * inner_by     = reinterpret_cast<const float *>(inner->op_params);
+        const bool is_plain       = by[1] == 0.0f && inner_by[1] == 0.0f; // op_params: factor, then summand
+        if (!is_plain || !(by[0] > 0.0f) || inner_by[0] != 1.0f / by[0]) {
+            return nullptr;
+        }
+        beta = by[0];
+        return inner->src[0];
+    }
+
+    static bool is_unary(const ggml_tensor * t, ggml_unary_op op) {
+        return t->op == GGML_OP_UNARY && ggml_get_unary_op(t) == op;
+    }
+
+    // MUL(MUL(bounded gate, sigmoid(gate)), up), up bounded or as it is: what llama.cpp builds for kimi-k3.
+    bool read_situ(const ggml_tensor * h, described_block & out) {
+        const ggml_tensor * act = h->src[0];
+        if (act->op != GGML_OP_MUL || !is_unary(act->src[1], GGML_UNARY_OP_SIGMOID)) {
+            return false;
+        }
+        const ggml_tensor * gate = read_bounded(act->src[0], out.layer.alpha);
+        if (gate == nullptr || act->src[1]->src[0] != gate) {
+            return false;
+        }
+        const ggml_tensor * up = read_bounded(h->src[1], out.layer.limit);
+        out.layer.op           = ffn_op::situ;
+        return read_gated(gate, up != nullptr ? up : h->src[1], out);
+    }
+
     bool read_gated(const ggml_tensor * gate, const ggml_tensor * up, described_block & out) {
         linear_map gate_map;
         linear_map up_map;
@@ -263,34 +331,38 @@ private:
         return true;
     }
 
-    // The kernels read one row of x per token and write one row of y, and nothing in between may be wanted outside.
+    // The kernels read one row of x per token or pair and write one row of y, and nothing in between may be wanted
+    // outside.
     bool is_consistent(const described_block & out) const {
         const ggml_tensor * x = out.x;
         const ggml_tensor * y = out.y;
-        for (int i = block_.experts; i < block_.end; i++) {
+        for (int i = block_.experts; i < out.tail; i++) {
             if (nodes_[i] != y && (nodes_[i]->flags & GGML_TENSOR_FLAG_OUTPUT) != 0) {
                 return false;
             }
         }
-        return x->type == GGML_TYPE_F32 && x->ne[0] == out.layer.n_embd && x->ne[1] == 1 &&
-               x->ne[2] == block_.n_tokens() && x->nb[0] == sizeof(float) && y->type == GGML_TYPE_F32 &&
-               y->ne[0] == out.layer.n_embd && y->nb[0] == sizeof(float) && is_last(y);
+        const size_t row_bytes = static_cast<size_t>(out.layer.n_embd) * sizeof(float);
+        const bool has_rows =
+            out.layer.weights_on_input ? x->ne[1] == block_.top_k() && x->nb[1] == row_bytes : x->ne[1] == 1;
+        return has_rows && x->type == GGML_TYPE_F32 && x->ne[0] == out.layer.n_embd && x->ne[2] == block_.n_tokens() &&
+               x->nb[0] == sizeof(float) && y->type == GGML_TYPE_F32 && y->ne[0] == out.layer.n_embd &&
+               y->nb[0] == sizeof(float) && is_last(y, out.tail);
     }
 
-    bool is_last(const ggml_tensor * y) const {
-        for (int i = block_.end - 1; i >= block_.merge; i--) {
+    bool is_last(const ggml_tensor * y, int end) const {
+        for (int i = end - 1; i >= block_.merge; i--) {
             if (!is_passive(nodes_[i])) {
                 return nodes_[i] == y;
             }
         }
-        return false;
+        return nodes_[block_.merge - 1] == y;
     }
 
     ggml_tensor ** nodes_;
     const moe_block & block_;
     external_types external_;
     void * context_;
-    const ggml_tensor * last_pairs_ = nullptr; // the pairs after weighting
+    const ggml_tensor * last_pairs_ = nullptr; // the pairs so far: scaled, biased, weighted
     const ggml_tensor * down_       = nullptr; // the last product with its scale and bias, when it has any
 };
 

@@ -28,6 +28,9 @@ private:
 
 // Whether the router of the block reads the same rows as the experts.
 bool shares_input(ggml_tensor ** nodes, const moe_block & block, const described_block & described) {
+    if (described.layer.weights_on_input) {
+        return false;
+    }
     for (int i = block.begin; i < block.experts; i++) {
         if (nodes[i]->op == GGML_OP_MUL_MAT && nodes[i]->src[0] == block.router) {
             return nodes[i]->src[1]->data == described.x->data;
@@ -104,6 +107,17 @@ ggml_status dispatcher::run_with_kernels(ggml_tensor ** nodes, const moe_block &
         add(counts.merge_ns, watch.lap_ns());
     }
     kernels_->store_result();
+    return status == GGML_STATUS_SUCCESS ? run_tail(nodes, block, described) : status;
+}
+
+ggml_status dispatcher::run_tail(ggml_tensor ** nodes, const moe_block & block, const described_block & described) {
+    if (described.tail == block.end) {
+        return GGML_STATUS_SUCCESS;
+    }
+    stopwatch watch;
+    const ggml_status status =
+        cpu_.run(nodes + described.tail, block.end - described.tail, n_threads_for(ggml_nbytes(described.y)));
+    add(counters_->layer(block.layer).merge_ns, watch.lap_ns());
     return status;
 }
 
@@ -136,9 +150,9 @@ ggml_status dispatcher::run_with_ggml(ggml_tensor ** nodes, const moe_block & bl
     add(counts.router_ns, watch.lap_ns());
 
     if (shared != nullptr) {
-        status = run_shared(nodes, block, *shared);
+        status = run_shared(block, *shared);
         add(counts.experts_ns, watch.lap_ns());
-        return status;
+        return status == GGML_STATUS_SUCCESS ? run_tail(nodes, block, *shared) : status;
     }
     status = cpu_.run(nodes + block.experts, block.merge - block.experts, n_threads_);
     if (status != GGML_STATUS_SUCCESS) {
@@ -162,18 +176,17 @@ void dispatcher::take_routing(const moe_block & block, const described_block * d
         std::memcpy(ids_.data() + token * top_k, static_cast<const char *>(block.ids->data) + token * block.ids->nb[1],
                     top_k * sizeof(int32_t));
         if (described != nullptr) {
-            std::memcpy(weights_.data() + token * top_k,
-                        static_cast<const char *>(described->weights->data) + token * described->weights->nb[2],
-                        top_k * sizeof(float));
+            described->take_weights(static_cast<int64_t>(token), static_cast<int32_t>(top_k),
+                                    weights_.data() + token * top_k);
         }
     }
 }
 
 // The block's pairs through ggml's kernels, some of them on accelerators, summed in ggml's order: the same bits as
 // plain llama.cpp where the kernels are the same.
-ggml_status dispatcher::run_shared(ggml_tensor **, const moe_block & block, const described_block & described) {
+ggml_status dispatcher::run_shared(const moe_block & block, const described_block & described) {
     const expert_layout & layout = hybrid_.layout();
-    const size_t row             = static_cast<size_t>(layout.n_embd);
+    const size_t row             = static_cast<size_t>(layout.n_embd * described.x_rows_per_token());
     // The result may lie over x.
     x_.resize(row * static_cast<size_t>(block.n_tokens()));
     for (int64_t t = 0; t < block.n_tokens(); t++) {
@@ -202,7 +215,7 @@ void dispatcher::sum_rows(const described_block & described) const {
     const int64_t n_embd       = hybrid_.layout().n_embd;
     for (int64_t t = 0; t < pairs.n_tokens; t++) {
         auto * y = reinterpret_cast<float *>(static_cast<char *>(described.y->data) +
-                                             static_cast<size_t>(t) * described.y->nb[1]);
+                                             static_cast<size_t>(t) * described.y_token_bytes);
         for (int32_t k = 0; k < pairs.top_k; k++) {
             const auto p       = static_cast<size_t>(t * pairs.top_k + k);
             const float * mine = rows_.row(p);
@@ -230,8 +243,9 @@ double dispatcher::time_us(const known_layer & layer, const std::vector<int32_t>
     const expert_layout & layout = layer.layout;
     const auto n_embd            = static_cast<size_t>(layout.n_embd);
     const auto n_experts         = static_cast<int32_t>(experts.size());
-    std::vector<float> x(n_embd * static_cast<size_t>(n_tokens), 0.01f);
-    std::vector<float> y(x.size());
+    const size_t x_token         = n_embd * (layout.x_per_pair ? experts.size() : 1);
+    std::vector<float> x(x_token * static_cast<size_t>(n_tokens), 0.01f);
+    std::vector<float> y(n_embd * static_cast<size_t>(n_tokens));
     std::vector<int32_t> ids;
     for (int t = 0; t < n_tokens; t++) {
         ids.insert(ids.end(), experts.begin(), experts.end());
@@ -243,7 +257,7 @@ double dispatcher::time_us(const known_layer & layer, const std::vector<int32_t>
     pairs.ids           = ids.data();
     pairs.weights       = weights.data();
     pairs.x             = x.data();
-    pairs.x_token_bytes = n_embd * sizeof(float);
+    pairs.x_token_bytes = x_token * sizeof(float);
     stopwatch watch;
     if (kernels_ == nullptr) {
         rows_.run(cpu_, layout, pairs, nullptr, n_threads_, false);
@@ -254,12 +268,13 @@ double dispatcher::time_us(const known_layer & layer, const std::vector<int32_t>
     batch.top_k               = n_experts;
     batch.x                   = x.data();
     batch.x_token_bytes       = pairs.x_token_bytes;
+    batch.x_is_weighted       = layout.x_per_pair;
     batch.ids                 = ids.data();
     batch.weights             = weights.data();
     batch.ids_token_bytes     = experts.size() * sizeof(int32_t);
     batch.weights_token_bytes = experts.size() * sizeof(float);
     batch.y                   = y.data();
-    batch.y_token_bytes       = pairs.x_token_bytes;
+    batch.y_token_bytes       = n_embd * sizeof(float);
     kernels_->run_experts(cpu_, layer.kernel_layer, batch, n_threads_);
     return static_cast<double>(watch.lap_ns()) * 1e-3;
 }

@@ -38,7 +38,8 @@ private:
                                  bool is_shared);
     ggml_status run_with_ggml(ggml_tensor ** nodes, const moe_block & block, const described_block * shared);
     ggml_status run_router(ggml_tensor ** nodes, const moe_block & block, bool with_scores);
-    ggml_status run_shared(ggml_tensor ** nodes, const moe_block & block, const described_block & described);
+    ggml_status run_shared(const moe_block & block, const described_block & described);
+    ggml_status run_tail(ggml_tensor ** nodes, const moe_block & block, const described_block & described);
     void take_routing(const moe_block & block, const described_block * described);
     void sum_rows(const described_block & described) const;
     ggml_status run_delegated(ggml_tensor ** nodes, const segment & rest);

@@ -23,9 +23,8 @@ ggml_status host_rows::run(cpu_executor & cpu, const expert_layout & layout, con
         if (wanted != nullptr && wanted[p] == 0) {
             continue;
         }
-        const auto * x = reinterpret_cast<const float *>(reinterpret_cast<const char *>(pairs.x) +
-                                                         p / static_cast<size_t>(pairs.top_k) * pairs.x_token_bytes);
-        row_of_[p]     = first + static_cast<int64_t>(ids_.size());
+        const float * x = x_of(layout, pairs, static_cast<int64_t>(p));
+        row_of_[p]      = first + static_cast<int64_t>(ids_.size());
         ids_.push_back(pairs.ids[p]);
         x_.insert(x_.end(), x, x + width);
     }

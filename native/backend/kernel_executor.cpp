@@ -164,11 +164,12 @@ kernel_executor::result kernel_executor::run(cpu_executor & cpu, ggml_tensor ** 
     batch_.top_k           = static_cast<int32_t>(block.top_k());
     batch_.x               = static_cast<const float *>(x->data);
     batch_.x_token_bytes   = x->nb[2];
+    batch_.x_is_weighted   = described.layer.weights_on_input;
     batch_.ids             = ids_.data();
     batch_.weights         = weights_.data();
     batch_.ids_token_bytes = batch_.weights_token_bytes = static_cast<size_t>(block.top_k()) * sizeof(float);
     batch_.y                                            = static_cast<float *>(y->data);
-    batch_.y_token_bytes                                = y->nb[1];
+    batch_.y_token_bytes                                = described.y_token_bytes;
     // With a share, x is wanted after the block's first pass over y: for pairs that come back, and by devices.
     const bool y_apart = overlap(x, y);
     if (y_apart) {
@@ -202,7 +203,7 @@ void kernel_executor::store_result() {
         return;
     }
     for (int64_t token = 0; token < batch_.n_tokens; token++) {
-        std::memcpy(static_cast<char *>(y->data) + static_cast<size_t>(token) * y->nb[1],
+        std::memcpy(static_cast<char *>(y->data) + static_cast<size_t>(token) * described_->y_token_bytes,
                     reinterpret_cast<char *>(batch_.y) + static_cast<size_t>(token) * batch_.y_token_bytes,
                     static_cast<size_t>(y->ne[0]) * sizeof(float));
     }
@@ -233,11 +234,10 @@ void kernel_executor::take_inputs() {
     const size_t n_tokens = static_cast<size_t>(block_->n_tokens());
     const size_t row      = static_cast<size_t>(block_->top_k()) * sizeof(float);
     const auto * ids      = static_cast<const char *>(block_->ids->data);
-    const auto * weights  = static_cast<const char *>(described_->weights->data);
     for (size_t token = 0; token < n_tokens; token++) {
         std::memcpy(reinterpret_cast<char *>(ids_.data()) + token * row, ids + token * block_->ids->nb[1], row);
-        std::memcpy(reinterpret_cast<char *>(weights_.data()) + token * row,
-                    weights + token * described_->weights->nb[2], row);
+        described_->take_weights(static_cast<int64_t>(token), batch_.top_k,
+                                 weights_.data() + token * static_cast<size_t>(batch_.top_k));
     }
 }
 

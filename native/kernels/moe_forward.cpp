@@ -401,9 +401,13 @@ private:
                 if (!taken(token, k)) {
                     continue;
                 }
-                float * scaled = own<float>(lay.at_scaled_x);
-                ks->add_scaled(scaled, x, weight_of(token, k), layer.n_embd, true);
-                x = scaled;
+                if (batch.x_is_weighted) {
+                    x += k * layer.n_embd;
+                } else {
+                    float * scaled = own<float>(lay.at_scaled_x);
+                    ks->add_scaled(scaled, x, weight_of(token, k), layer.n_embd, true);
+                    x = scaled;
+                }
             }
             for (int set = 0; set < (lay.two_x ? 2 : 1); ++set) {
                 const act_layout & act = x_act(set);

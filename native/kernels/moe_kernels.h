@@ -154,6 +154,8 @@ struct moe_batch {
 
     const float * x      = nullptr; // [n_embd, n_tokens]
     size_t x_token_bytes = 0;
+    // With weights_on_input: x is [n_embd, top_k, n_tokens], a token's rows contiguous and already weighted.
+    bool x_is_weighted = false;
 
     const int32_t * ids    = nullptr; // [top_k, n_tokens]; out of range means: skip this pair
     size_t ids_token_bytes = 0;

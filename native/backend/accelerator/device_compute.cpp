@@ -103,7 +103,8 @@ struct input_offsets {
 
     input_offsets(const device_port & port, const expert_layout & layout, int n) {
         const size_t step    = port.alignment();
-        size_t at            = round_up(static_cast<size_t>(layout.n_embd) * sizeof(float), step);
+        const int64_t n_x    = layout.x_per_pair ? n : 1;
+        size_t at            = round_up(static_cast<size_t>(layout.n_embd * n_x) * sizeof(float), step);
         const float * have[] = {layout.scale_gate, layout.scale_up, layout.scale_down};
         for (int i = 0; i < 3; i++) {
             if (have[i] != nullptr) {
@@ -121,9 +122,9 @@ size_t device_compute::arena_bytes(const device_port & port, const expert_layout
     const size_t wide  = rows * static_cast<size_t>(layout.n_ff) * sizeof(float);
     const size_t embd  = rows * static_cast<size_t>(layout.n_embd) * sizeof(float);
     const size_t slack = max_ffn_nodes * port.alignment();
-    // Products, scales, biases and activation: at most ten hidden-wide tensors and three of the model's width. Some
-    // backends ask for more than a tensor's bytes.
-    return input_offsets(port, layout, n).n_bytes + 2 * (10 * wide + 3 * embd) + slack;
+    // Products, scales, biases and activation: at most fifteen hidden-wide tensors (nine of them the activation of
+    // situ) and three of the model's width. Some backends ask for more than a tensor's bytes.
+    return input_offsets(port, layout, n).n_bytes + 2 * (15 * wide + 3 * embd) + slack;
 }
 
 bool device_compute::supports(const device_port & port, const expert_layout & layout) {
@@ -195,7 +196,7 @@ bool device_compute::build_rows(const rows_request & request, row_graph & out) {
         ggml_tensor * t = ggml_new_tensor_3d(context, type, ne0, ne1, ne2);
         return ggml_backend_tensor_alloc(out.input->buffer, t, base + at) == GGML_STATUS_SUCCESS ? t : nullptr;
     };
-    ggml_tensor * x   = input(GGML_TYPE_F32, layout.n_embd, 1, 1, 0);
+    ggml_tensor * x   = input(GGML_TYPE_F32, layout.n_embd, layout.x_per_pair ? n : 1, 1, 0);
     ggml_tensor * ids = input(GGML_TYPE_I32, n, 1, 1, offsets.ids_at);
     ggml_tensor * scales[3]{};
     for (int i = 0; i < 3; i++) {
@@ -232,7 +233,12 @@ bool device_compute::launch_rows(const rows_request & request) {
     }
     const expert_layout & layout = *request.layout;
     lane_memory & out            = lanes_[request.lane];
-    std::memcpy(out.input, request.x, static_cast<size_t>(layout.n_embd) * sizeof(float));
+    const auto width             = static_cast<size_t>(layout.n_embd);
+    for (int k = 0; k < (layout.x_per_pair ? request.n : 1); k++) {
+        const size_t row = request.x_rows == nullptr ? 0 : static_cast<size_t>(request.x_rows[k]);
+        std::memcpy(out.input + static_cast<size_t>(k) * width * sizeof(float), request.x + row * width,
+                    width * sizeof(float));
+    }
     const float * scales[] = {layout.scale_gate, layout.scale_up, layout.scale_down};
     for (int i = 0; i < 3; i++) {
         if (scales[i] == nullptr) {
@@ -269,7 +275,7 @@ size_t device_compute::batch_bytes(const expert_layout & layout, int64_t n_token
     const auto embd   = static_cast<size_t>(layout.n_embd) * sizeof(float);
     const auto wide   = static_cast<size_t>(layout.n_ff) * sizeof(float);
     // x, rows, result; a chunk's gathered x, hidden values and the gathered rows of the sum.
-    return embd * (2 * tokens + pairs) + pairs * (2 * embd + 3 * wide);
+    return embd * (tokens + (layout.x_per_pair ? pairs : tokens) + pairs) + pairs * (2 * embd + 3 * wide);
 }
 
 bool device_compute::reserve_batch(size_t device_bytes, size_t host_bytes) {
@@ -304,7 +310,7 @@ bool device_compute::upload(ggml_tensor * tensor, const void * data, size_t n_by
 }
 
 bool device_compute::begin_batch(const expert_layout & layout, const float * x, size_t x_token_bytes, int64_t n_tokens,
-                                 int64_t max_pairs, int n_chunks) {
+                                 int64_t max_pairs, int n_chunks, int n_x_rows) {
     synchronize(); // what an abandoned step left behind
     batch_contexts_.clear();
     n_tokens_               = n_tokens;
@@ -312,13 +318,14 @@ bool device_compute::begin_batch(const expert_layout & layout, const float * x, 
     const size_t row_bytes  = static_cast<size_t>(n_embd_) * sizeof(float);
     const int64_t n_rows    = round_row(1) + max_pairs + (n_chunks + 1) * round_row(1);
     const auto tokens       = static_cast<size_t>(n_tokens);
+    const size_t x_bytes    = static_cast<size_t>(n_x_rows) * row_bytes; // of one token
     const size_t inputs     = (static_cast<size_t>(max_pairs) * 6 + tokens) * sizeof(float);
     const size_t per_tensor = 2 * std::max(port_.alignment(), host_alignment);
     const size_t n_inputs   = static_cast<size_t>(n_chunks) * 6 + 8;
     const size_t host =
-        2 * tokens * row_bytes + static_cast<size_t>(n_rows) * row_bytes + inputs + n_inputs * per_tensor;
+        tokens * (x_bytes + row_bytes) + static_cast<size_t>(n_rows) * row_bytes + inputs + n_inputs * per_tensor;
     const size_t device =
-        tokens * row_bytes + static_cast<size_t>(n_rows) * row_bytes + 2 * inputs + n_inputs * per_tensor;
+        tokens * x_bytes + static_cast<size_t>(n_rows) * row_bytes + 2 * inputs + n_inputs * per_tensor;
     if (!reserve_batch(device, host)) {
         return false;
     }
@@ -326,19 +333,19 @@ bool device_compute::begin_batch(const expert_layout & layout, const float * x, 
     batch_staged_ = 0;
     batch_contexts_.push_back(make_context(4, 0));
     ggml_context * context = batch_contexts_.back().get();
-    batch_x_               = ggml_new_tensor_2d(context, GGML_TYPE_F32, n_embd_, n_tokens);
+    batch_x_               = ggml_new_tensor_2d(context, GGML_TYPE_F32, n_embd_, n_tokens * n_x_rows);
     batch_rows_            = ggml_new_tensor_2d(context, GGML_TYPE_F32, n_embd_, n_rows);
     if (!batch_arena_.place(port_, batch_x_) || !batch_arena_.place(port_, batch_rows_)) {
         return false;
     }
-    char * staged = stage(nullptr, tokens * row_bytes);
+    char * staged = stage(nullptr, tokens * x_bytes);
     if (staged == nullptr) {
         return false;
     }
     for (size_t t = 0; t < tokens; t++) {
-        std::memcpy(staged + t * row_bytes, reinterpret_cast<const char *>(x) + t * x_token_bytes, row_bytes);
+        std::memcpy(staged + t * x_bytes, reinterpret_cast<const char *>(x) + t * x_token_bytes, x_bytes);
     }
-    ggml_backend_tensor_set_async(port_.compute(), batch_x_, staged, 0, tokens * row_bytes);
+    ggml_backend_tensor_set_async(port_.compute(), batch_x_, staged, 0, tokens * x_bytes);
     char * zeros = stage(nullptr, row_bytes);
     std::memset(zeros, 0, row_bytes);
     ggml_backend_tensor_set_async(port_.compute(), batch_rows_, zeros, 0, row_bytes);

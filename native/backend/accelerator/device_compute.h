@@ -41,14 +41,16 @@ private:
 struct rows_request {
     const expert_layout * layout = nullptr;
     const slot_set * slots       = nullptr;
-    const float * x              = nullptr; // [n_embd]
+    const float * x              = nullptr; // [n_embd], or [n_embd, rows] where layout.x_per_pair
+    const int32_t * x_rows       = nullptr; // [n], where layout.x_per_pair: each expert's row of x; null: 0 for all
     const int32_t * slot_ids     = nullptr; // [n]
     const int32_t * experts      = nullptr; // [n], for their scales
     int n                        = 0;
     int lane                     = 0; // 0 or 1: two requests may be under way in one step
 };
 
-// (token, expert) pairs whose experts all lie in one slot set.
+// (token, expert) pairs whose experts all lie in one slot set. A pair's token is its row of x: token * top_k + k where
+// layout.x_per_pair.
 struct pair_list {
     std::vector<int32_t> tokens, slots, experts;
 
@@ -77,8 +79,9 @@ public:
     const float * rows(int lane) const { return lanes_[lane].rows; }
 
     // A batch of one layer: begin, then chunks, then one of the two ends.
+    // x holds n_x_rows contiguous rows for each token.
     bool begin_batch(const expert_layout & layout, const float * x, size_t x_token_bytes, int64_t n_tokens,
-                     int64_t max_pairs, int n_chunks);
+                     int64_t max_pairs, int n_chunks, int n_x_rows = 1);
     // first_row: where the chunk's rows begin, in the order of its pairs.
     bool launch_chunk(const expert_layout & layout, const slot_set & slots, const pair_list & pairs,
                       int64_t & first_row);

@@ -11,14 +11,14 @@ public:
     layout_maker(const kernels::moe_layer & layer, expert_layout & out) : layer_(layer), out_(out) {}
 
     bool make() {
-        out_.n_embd         = layer_.n_embd;
-        out_.n_ff           = layer_.n_ff;
-        out_.n_expert       = layer_.n_expert;
-        out_.op             = layer_.op;
-        out_.alpha          = layer_.alpha;
-        out_.limit          = layer_.limit;
-        const bool known_op = layer_.op != kernels::ffn_op::situ && !layer_.weights_on_input;
-        return known_op && add_gate_and_up() && add(layer_.down, part_role::down, layer_.n_ff, layer_.n_embd) &&
+        out_.n_embd     = layer_.n_embd;
+        out_.n_ff       = layer_.n_ff;
+        out_.n_expert   = layer_.n_expert;
+        out_.op         = layer_.op;
+        out_.alpha      = layer_.alpha;
+        out_.limit      = layer_.limit;
+        out_.x_per_pair = layer_.weights_on_input;
+        return add_gate_and_up() && add(layer_.down, part_role::down, layer_.n_ff, layer_.n_embd) &&
                add_bias(layer_.down, part_role::down_bias, layer_.n_embd);
     }
 
@@ -33,7 +33,9 @@ private:
         }
         out_.scale_gate = gate.scale;
         if (is_merged()) {
-            return add(gate, part_role::gate_up, layer_.n_embd, 2 * layer_.n_ff) &&
+            // Situ scales gate and up, and ggml scales no halves of rows.
+            return layer_.op != kernels::ffn_op::situ &&
+                   add(gate, part_role::gate_up, layer_.n_embd, 2 * layer_.n_ff) &&
                    add_bias(gate, part_role::gate_up_bias, 2 * layer_.n_ff);
         }
         return add(gate, part_role::gate, layer_.n_embd, layer_.n_ff) &&
@@ -85,7 +87,8 @@ size_t expert_layout::expert_bytes() const {
 }
 
 bool expert_layout::same_class(const expert_layout & other) const {
-    if (op != other.op || alpha != other.alpha || limit != other.limit || parts.size() != other.parts.size()) {
+    if (op != other.op || alpha != other.alpha || limit != other.limit || x_per_pair != other.x_per_pair ||
+        parts.size() != other.parts.size()) {
         return false;
     }
     for (size_t i = 0; i < parts.size(); i++) {

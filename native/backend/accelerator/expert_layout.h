@@ -36,6 +36,7 @@ struct expert_layout {
     kernels::ffn_op op       = kernels::ffn_op::swiglu;
     float alpha              = 0.0f;
     float limit              = 0.0f;
+    bool x_per_pair          = false;   // every (token, expert) pair has a row of x of its own, weighted by the router
     const float * scale_gate = nullptr; // [n_expert], also of a merged gate_up
     const float * scale_up   = nullptr;
     const float * scale_down = nullptr;
@@ -46,7 +47,7 @@ struct expert_layout {
     bool same_class(const expert_layout & other) const;
 };
 
-// Empty when an expert cannot be moved as a few contiguous ranges, or has an activation that ggml lacks.
+// Empty when an expert cannot be moved as a few contiguous ranges.
 std::optional<expert_layout> make_layout(const kernels::moe_layer & layer);
 
 } // namespace hybrimoe

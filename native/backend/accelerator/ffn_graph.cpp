@@ -31,12 +31,21 @@ ggml_tensor * activate_ungated(ggml_context * context, ffn_op op, ggml_tensor * 
     }
 }
 
+// beta tanh(t / beta)
+ggml_tensor * bound(ggml_context * context, ggml_tensor * t, float beta) {
+    return ggml_scale(context, ggml_tanh(context, ggml_scale(context, t, 1.0f / beta)), beta);
+}
+
 ggml_tensor * activate_gated(ggml_context * context, const expert_layout & layout, ggml_tensor * gate,
                              ggml_tensor * up) {
     if (layout.op == ffn_op::swiglu_limit) {
         const float infinity = std::numeric_limits<float>::infinity();
         ggml_tensor * act    = ggml_clamp(context, ggml_silu(context, gate), -infinity, layout.limit);
         return ggml_mul(context, act, ggml_clamp(context, up, -layout.limit, layout.limit));
+    }
+    if (layout.op == ffn_op::situ) { // the operations of llama.cpp's graph, for the same bits
+        ggml_tensor * act = ggml_mul(context, bound(context, gate, layout.alpha), ggml_sigmoid(context, gate));
+        return ggml_mul(context, act, layout.limit > 0.0f ? bound(context, up, layout.limit) : up);
     }
     ggml_tensor * h = ggml_glu_split(context, gate, up, static_cast<ggml_glu_op>(layout.op));
     set_param(h, 2, layout.alpha);

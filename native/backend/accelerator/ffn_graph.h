@@ -24,8 +24,8 @@ struct pair_scales {
     ggml_tensor * down = nullptr;
 };
 
-// Rows [n_embd, n_k, n_tokens] for x [n_embd, 1, n_tokens] and ids [n_k, n_tokens] (indices into the tensors): bias and
-// scale of the last product applied, router weights not.
+// Rows [n_embd, n_k, n_tokens] for x [n_embd, 1, n_tokens], or [n_embd, n_k, n_tokens] with a row for every pair, and
+// ids [n_k, n_tokens] (indices into the tensors): bias and scale of the last product applied, router weights not.
 ggml_tensor * build_ffn(ggml_context * context, const expert_layout & layout, const expert_tensors & experts,
                         ggml_tensor * x, ggml_tensor * ids, const pair_scales & scales);
 

@@ -126,6 +126,7 @@ bool device_step::finish(double timeout_us) {
 void device_step::launch_lane(int lane, bool waiting) {
     slots_.clear();
     experts_.clear();
+    x_rows_.clear();
     const std::vector<size_t> & which = waiting ? waiting_ : resident_;
     for (const size_t i : which) {
         if (waiting && device_.worker.has_failed(items_[i].transfer)) {
@@ -134,6 +135,10 @@ void device_step::launch_lane(int lane, bool waiting) {
         lane_row_[i] = {lane, static_cast<int>(slots_.size())};
         slots_.push_back(items_[i].slot);
         experts_.push_back(items_[i].expert);
+        if (layout_->x_per_pair) {
+            const int32_t * ids = pairs_.ids;
+            x_rows_.push_back(static_cast<int32_t>(std::find(ids, ids + pairs_.top_k, items_[i].expert) - ids));
+        }
     }
     if (slots_.empty()) {
         return;
@@ -142,6 +147,7 @@ void device_step::launch_lane(int lane, bool waiting) {
     request.layout   = layout_;
     request.slots    = items_[which.front()].on;
     request.x        = pairs_.x;
+    request.x_rows   = layout_->x_per_pair ? x_rows_.data() : nullptr;
     request.slot_ids = slots_.data();
     request.experts  = experts_.data();
     request.n        = static_cast<int>(slots_.size());
@@ -166,7 +172,7 @@ void device_step::begin_batch() {
     }
     const size_t n_chunks = waiting_.size() + static_cast<size_t>(n_pairs) / max_chunk_pairs + resident_.size() + 1;
     batch_open_ = device_.compute.begin_batch(*layout_, pairs_.x, pairs_.x_token_bytes, pairs_.n_tokens, n_pairs,
-                                              static_cast<int>(n_chunks));
+                                              static_cast<int>(n_chunks), layout_->x_per_pair ? pairs_.top_k : 1);
 }
 
 // All of one slot set.
@@ -175,7 +181,7 @@ void device_step::launch_items(const size_t * which, size_t n) {
     for (size_t i = 0; i < n; i++) {
         const device_item & item = items_[which[i]];
         for (const int32_t pair : pairs_of_[which[i]]) {
-            chunk_.add(pair / pairs_.top_k, item.slot, item.expert);
+            chunk_.add(layout_->x_per_pair ? pair : pair / pairs_.top_k, item.slot, item.expert);
         }
     }
     int64_t row   = 0;

@@ -48,10 +48,18 @@ struct routed_pairs {
     int32_t top_k         = 0;
     const int32_t * ids   = nullptr; // [top_k, n_tokens]
     const float * weights = nullptr; // [top_k, n_tokens]
-    const float * x       = nullptr; // [n_embd, n_tokens]
+    const float * x       = nullptr; // [n_embd, n_tokens], or [n_embd, top_k, n_tokens] where layout.x_per_pair
     size_t x_token_bytes  = 0;
     bool exact            = false; // rows are wanted one by one, to be summed in ggml's order
 };
+
+// The input row [n_embd] of pair token * top_k + k.
+inline const float * x_of(const expert_layout & layout, const routed_pairs & pairs, int64_t pair) {
+    const auto token = static_cast<size_t>(pair / pairs.top_k);
+    const auto * row =
+        reinterpret_cast<const float *>(reinterpret_cast<const char *>(pairs.x) + token * pairs.x_token_bytes);
+    return layout.x_per_pair ? row + pair % pairs.top_k * layout.n_embd : row;
+}
 
 // Filled in by the computing thread and run by it and the device's worker, never by both at once. A step whose copies
 // do not come in time is abandoned; the worker touches it no more then.
@@ -97,7 +105,7 @@ private:
     std::vector<int32_t> item_of_; // [n_expert]; -1: not here
 
     // decode
-    std::vector<int32_t> slots_, experts_;
+    std::vector<int32_t> slots_, experts_, x_rows_;
     std::vector<std::pair<int, int>> lane_row_; // per item
     // batch
     std::vector<size_t> waiting_, resident_;

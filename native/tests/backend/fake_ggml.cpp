@@ -57,6 +57,25 @@ size_t ggml_used_mem(const ggml_context *) {
     return ggml_tensor_overhead();
 }
 
+// ---- what describe.cpp asks about single tensors
+
+ggml_unary_op ggml_get_unary_op(const ggml_tensor * t) {
+    return static_cast<ggml_unary_op>(t->op_params[0]);
+}
+
+ggml_glu_op ggml_get_glu_op(const ggml_tensor * t) {
+    return static_cast<ggml_glu_op>(t->op_params[0]);
+}
+
+int64_t ggml_nelements(const ggml_tensor * t) {
+    return t->ne[0] * t->ne[1] * t->ne[2] * t->ne[3];
+}
+
+// Of tensors whose strides are in rising order.
+bool ggml_is_contiguous(const ggml_tensor * t) {
+    return t->nb[3] * static_cast<size_t>(t->ne[3]) == static_cast<size_t>(ggml_nelements(t)) * t->nb[0];
+}
+
 const char * ggml_op_name(ggml_op op) {
     return op == GGML_OP_GLU ? "GLU" : "?";
 }

@@ -203,6 +203,7 @@ struct input {
     int32_t top_k    = 0;
     int64_t n_embd   = 0;
     std::vector<float> x;
+    std::vector<float> weighted_x; // [n_embd, top_k, n_tokens] after weigh()
     std::vector<int32_t> ids;
     std::vector<float> weights;
     std::vector<uint8_t> take;
@@ -237,6 +238,16 @@ struct input {
             }
         }
     }
+    // From here on every pair has its own row of x, and the weights are not to be looked at.
+    void weigh() {
+        for (size_t pair = 0; pair < weights.size(); ++pair) {
+            const float * row = x.data() + static_cast<int64_t>(pair) / top_k * n_embd;
+            for (int64_t i = 0; i < n_embd; ++i) {
+                weighted_x.push_back(row[i] * weights[pair]);
+            }
+        }
+        weights.assign(weights.size(), -3.0f);
+    }
     moe_batch batch(float * y) const {
         moe_batch b;
         b.n_tokens            = n_tokens;
@@ -248,8 +259,13 @@ struct input {
         b.weights             = weights.data();
         b.weights_token_bytes = static_cast<size_t>(top_k) * sizeof(float);
         b.take                = take.empty() ? nullptr : take.data();
-        b.y                   = y;
-        b.y_token_bytes       = static_cast<size_t>(n_embd) * sizeof(float);
+        if (!weighted_x.empty()) {
+            b.x             = weighted_x.data();
+            b.x_token_bytes = static_cast<size_t>(top_k * n_embd) * sizeof(float);
+            b.x_is_weighted = true;
+        }
+        b.y             = y;
+        b.y_token_bytes = static_cast<size_t>(n_embd) * sizeof(float);
         return b;
     }
 };

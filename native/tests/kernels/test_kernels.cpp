@@ -174,6 +174,19 @@ void test_weights_on_input() {
         const std::vector<float> ref = reference(mod, in);
         for (const kernel_set * ks : all_sets()) {
             expect_near(ks, mod, in, ref, bound_of(type), "weights on input");
+            // The same rows, multiplied by the caller.
+            const std::vector<float> inside = forward(ks, mod.layer, in, 2);
+            input weighted                  = in;
+            weighted.weigh();
+            check(forward(ks, mod.layer, weighted, 2) == inside, label(ks, "x weighted by the caller"));
+            if (type == type_q4_0) { // in passes of 32 tokens
+                input longer;
+                longer.make(70, 2, 256, 5);
+                longer.route_randomly(4, 7);
+                const std::vector<float> whole = forward(ks, mod.layer, longer, 2);
+                longer.weigh();
+                check(forward(ks, mod.layer, longer, 2, 1) == whole, label(ks, "weighted x in passes"));
+            }
         }
     }
 }
