@@ -66,6 +66,7 @@ POLICY_KEYS = ("cache_policy", "schedule", "prefetch", "admission")
 POLICIES = "mrs,lru,lfu,lfru,ema,arc,schedule=hybrimoe,schedule=cpu-only,schedule=gpu-only,prefetch=none"
 FORMAT = 1
 N_UNIFORM_STEPS = 4096
+UNIFORM = "routing: uniform, without locality"
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ def route_file(stage: Stage, model: GgufModel, options: argparse.Namespace) -> t
         given = found if found.is_file() else None
     shape = {"n_layers": model.n_layers, "n_experts": model.n_experts, "top_k": model.n_experts_used}
     if given is None or stage.scenario == "uniform":
-        name, note = "uniform", "routing: uniform, without locality"
+        name, note = "uniform", UNIFORM
         ids = route_trace.uniform(N_UNIFORM_STEPS, **shape)
     else:
         name, note = (
@@ -464,6 +465,9 @@ class Bench:
 
     def _ours(self, stage: Stage, entry: dict[str, Any]) -> OursOptions:
         path, note = route_file(stage, self.model(stage.model), self.options)
+        if note.startswith(UNIFORM) and not entry["is_worst_case"]:
+            entry["is_worst_case"] = True
+            print(f"{stage.model} has no --route-trace: routing without locality, a worst case", file=sys.stderr)
         throttle = self.options.throttle_link * 1e9 if stage.scenario == "throttled" else 0.0
         entry["routing"] = note + (f"; link held to {self.options.throttle_link:g} GB/s" if throttle else "")
         return OursOptions((self.device.name,), self.cache_bytes(stage), str(path), throttle, self.options.ubatch)
@@ -541,25 +545,33 @@ def fingerprint(options: argparse.Namespace, device: Device) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
+def read_report(path: Path) -> dict[str, Any]:
+    """A report of this tool. Raises UsageError for any other file."""
+    try:
+        report: dict[str, Any] = json.loads(path.read_text())
+        if report["format"] == FORMAT and isinstance(report["stages"], dict):
+            return report
+        reason = f"its format is {report['format']}"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except (ValueError, KeyError, TypeError) as error:
+        reason = repr(error)
+    raise UsageError(f"{path} is no report of this tool: {reason}", "choose another --json FILE")
+
+
 def open_report(options: argparse.Namespace, device: Device) -> dict[str, Any]:
     """The report to go on with, or a new one. Raises UsageError for a file of another command."""
     key = fingerprint(options, device)
-    if options.json.exists() and not options.fresh:
-        try:
-            report: dict[str, Any] = json.loads(options.json.read_text())
-            same = report["format"] == FORMAT and report["fingerprint"] == key
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(
-                f"{options.json} is no report of this tool: {error!r}", "choose another --json FILE"
-            ) from error
-        if not same:
-            raise UsageError(
-                f"{options.json} was measured with other options or on another device",
-                "choose another --json FILE, or --fresh to begin anew",
-            )
-        report["resumed"] = [*report.get("resumed", []), provenance(options, device)]
-        return report
-    return {"format": FORMAT, "fingerprint": key, "provenance": provenance(options, device), "stages": {}}
+    if not options.json.exists() or options.fresh:
+        return {"format": FORMAT, "fingerprint": key, "provenance": provenance(options, device), "stages": {}}
+    report = read_report(options.json)
+    if report["fingerprint"] != key:
+        raise UsageError(
+            f"{options.json} was measured with other options or on another device",
+            "choose another --json FILE, or --fresh to begin anew",
+        )
+    report["resumed"] = [*report.get("resumed", []), provenance(options, device)]
+    return report
 
 
 def summarise(bench: Bench) -> None:
@@ -732,6 +744,10 @@ def prepare(options: argparse.Namespace) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.only_print:
+        report = read_report(options.json)
+        print("\n".join([*heading(report), *tables(report, markdown=options.markdown)]))
+        return 0
     prepare(options)
     device = pick_device(list_devices(options.backend), options.device)
     bench = Bench(options, device, open_report(options, device))
@@ -742,9 +758,9 @@ def run(options: argparse.Namespace) -> int:
         policy_fractions=options.policy_fractions,
         worst_fraction=options.worst_fraction,
     )
-    left = [] if options.only_print else stages
+    left = stages
     try:
-        for number, stage in enumerate(stages if not options.only_print else []):
+        for number, stage in enumerate(stages):
             if not bench.run_stage(stage):
                 break
             left = stages[number + 1 :]

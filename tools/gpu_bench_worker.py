@@ -179,6 +179,8 @@ def serve(options: WorkerOptions) -> None:
     except ForwardError as error:
         reply(error=str(error), hint="a model that does not fit the GPU fails like this")
         raise SystemExit(1) from None
+    except KeyboardInterrupt:  # reaches every process of the terminal
+        raise SystemExit(130) from None
 
 
 def main(argv: Sequence[str]) -> None:

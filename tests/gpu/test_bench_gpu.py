@@ -363,6 +363,23 @@ def test_whole_flow(faked: list[str], arguments: list[str], tmp_path: Path, caps
     assert asked[:6] == [f"{name}: decode 4" for name in [*names, *reversed(names)]]
 
 
+def test_routing_decides_which_goals_apply(faked: list[str], arguments: list[str], tmp_path: Path) -> None:
+    import numpy as np
+    import route_trace
+
+    name, stage = Path(arguments[1]).stem, "compare"
+    trace = tmp_path / "recorded.npz"
+    np.savez(trace, experts=np.random.default_rng(0).integers(0, 16, (9, 2, 4)).astype(np.uint8))
+    assert bench_gpu.main([*arguments, "--stages", "compare", "--route-trace", f"{arguments[1]}={trace}"]) == 0
+    entry = json.loads((tmp_path / "out.json").read_text())["stages"][f"{stage} {name} 50%"]
+    assert not entry["is_worst_case"] and "recorded.npz" in entry["routing"]
+    raw = entry["rows"]["ours"]["settings"]["route_trace"]
+    assert len(route_trace.read_raw(Path(raw))) == 9
+    assert bench_gpu.main([*arguments, "--stages", "compare", "--fresh"]) == 0
+    entry = json.loads((tmp_path / "out.json").read_text())["stages"][f"{stage} {name} 50%"]
+    assert entry["is_worst_case"] and "uniform" in entry["routing"]
+
+
 def test_a_stopped_run_goes_on(
     faked: list[str],
     arguments: list[str],
@@ -408,6 +425,9 @@ def test_other_options_do_not_mix(
     assert "| ours mrs |" in capsys.readouterr().out
     (tmp_path / "out.json").write_text("{")
     assert bench_gpu.main(arguments) == 2
+    (tmp_path / "out.json").unlink()
+    assert bench_gpu.main([*arguments, "--only-print"]) == 2
+    assert not (tmp_path / "out.json").exists()
 
 
 # --- the other llama.cpp ----------------------------------------------------------------------------------------------
