@@ -10,6 +10,7 @@ import sys
 import time
 from typing import Any
 
+import psutil
 import pytest
 
 from hybrimoe import machine
@@ -130,7 +131,9 @@ def test_a_killed_probe_leaves_nothing(tmp_path: Any) -> None:
         f"sys.exit(main(['probe', '--calibration', {str(tmp_path / 'c.json')!r}]))"
     )
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    time.sleep(1.5)
+    while not psutil.Process(child.pid).children():  # its measuring process
+        assert child.poll() is None
+        time.sleep(0.05)
     child.send_signal(signal.SIGINT)
     assert child.wait(timeout=30) == 130
     assert list(tmp_path.iterdir()) == []
