@@ -131,7 +131,8 @@ def _hybrid_lines(engine: Engine, totals: dict[str, Any]) -> list[str]:
         return []
     lines = [
         f"expert cache {totals['n_hits'] / queries:.0%} hits, {totals['n_late']} late, "
-        f"{totals['n_evictions']} evictions, {totals['n_copies']} copies ({totals['n_prefetched']} prefetched), {size_text(totals['h2d_bytes'])} moved",
+        f"{totals['n_evictions']} evictions, {totals['n_copies']} copies ({totals['n_prefetched']} prefetched), "
+        f"{size_text(totals['h2d_bytes'])} moved",
         f"planning {totals['plan_us'] / 1000:.1f} ms, waiting for accelerators {totals['wait_us'] / 1000:.1f} ms",
     ]
     for device in state["devices"]:

@@ -151,14 +151,19 @@ status expert_cache::begin_step(const router_step & step) {
     return {};
 }
 
+// Nothing reads or writes the slot.
+bool expert_cache::may_leave(const slot & s) const {
+    // An expert that may be bypassed may also leave within its own step; only oracles bypass, and they run no kernels.
+    return s.state == slot_state::resident && (used_in_[static_cast<size_t>(s.key)] < protected_from_ || may_bypass_);
+}
+
+// ... and no prediction keeps the expert.
 bool expert_cache::may_go(const slot & s) const {
-    if (s.state != slot_state::resident) {
+    if (!may_leave(s)) {
         return false;
     }
     const auto key = static_cast<size_t>(s.key);
-    // An expert that may be bypassed may also leave within its own step; only oracles bypass, and they run no kernels.
-    return (used_in_[key] < protected_from_ || may_bypass_) &&
-           (shield_[key] == 0 || n_steps_[static_cast<size_t>(shape_.layer_of(s.key))] >= shield_[key]);
+    return shield_[key] == 0 || n_steps_[static_cast<size_t>(shape_.layer_of(s.key))] >= shield_[key];
 }
 
 int expert_cache::find_victim(const pool & p) const {
@@ -363,7 +368,7 @@ status expert_cache::resize(int layer, int device, int n_slots, std::vector<slot
     int n_kept = 0; // those that may not go
     for (size_t i = 0; i < p.slots.size(); ++i) {
         const slot & s = p.slots[i];
-        n_kept += s.state != slot_state::absent && !may_go(s);
+        n_kept += s.state != slot_state::absent && !may_leave(s);
         if (static_cast<int>(i) >= n_slots &&
             (s.state == slot_state::loading ||
              (s.key >= 0 && used_in_[static_cast<size_t>(s.key)] >= protected_from_))) {
@@ -375,6 +380,11 @@ status expert_cache::resize(int layer, int device, int n_slots, std::vector<slot
                             n_slots);
     }
     moves.clear();
+    for (const slot & s : p.slots) { // fewer slots outrank predictions
+        if (s.key >= 0 && p.n_used > n_slots) {
+            shield_[static_cast<size_t>(s.key)] = 0;
+        }
+    }
     while (p.n_used > n_slots) {
         int victim = find_victim(p);
         for (size_t i = 0; victim < 0; ++i) { // a policy that never evicts still has to shrink

@@ -120,6 +120,7 @@ private:
     };
 
     int pool_of(int layer, int device) const { return pool_of_[static_cast<size_t>(device * shape_.n_layers + layer)]; }
+    bool may_leave(const slot & s) const;
     bool may_go(const slot & s) const;
     int find_victim(const pool & p) const;
     void vacate(int pool_id, int slot_index, load_result * out);

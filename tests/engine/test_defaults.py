@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hybrimoe import machine
 from hybrimoe.cli.flags import RUN_COMMAND_OPTIONS
 from hybrimoe.config import Sources, resolve
 from hybrimoe.engine import KV_TYPES, EngineOptions
+from hybrimoe.expert_options import ExpertOptions
 from hybrimoe.generation import RANDOM_SEED, Sampling
 from hybrimoe.llama_seam import FLASH_ATTENTION, LOAD_MODES
 
@@ -117,7 +119,10 @@ def test_flags_agree_with_the_engine() -> None:
     settings = resolve(RUN_COMMAND_OPTIONS, {}, Sources(environment={}))
     from hybrimoe.cli.loading import engine_options, sampling
 
-    assert engine_options(settings) == EngineOptions(placement=engine_options(settings).placement)
+    found = engine_options(settings)
+    assert found == EngineOptions(placement=found.placement, experts=found.experts)
+    # Only commands keep residency; a library writes nothing unasked.
+    assert replace(found.experts, state_dir=None) == ExpertOptions()
     assert sampling(settings) == Sampling()
     assert settings.n_predict == COMMON["n_predict"]
 

@@ -315,9 +315,12 @@ def test_bad_placement_rules_are_usage_errors(open_engine: Any, text: str) -> No
 
 
 def test_placement_order_is_llama_cpps_with_ours_last() -> None:
-    rules = Placement(("a=CPU,b=X",), cpu_moe=True, n_cpu_moe=2).rules({"CPU": 1, "X": 2}, 3)
-    assert [buffer_type for _, buffer_type in rules] == [1, 2, 1, 1, 1, 3]
+    placement = Placement(("a=CPU,b=X",), cpu_moe=True, n_cpu_moe=2)
+    rules = placement.rules({"CPU": 1, "X": 2}, None)
+    assert [buffer_type for _, buffer_type in rules] == [1, 2, 1, 1, 1]
     assert rules[0][0] == "a" and rules[3][0].startswith(r"blk\.0\.ffn")
+    # In the plug-in, experts "on the CPU" run in its CPU kernels.
+    assert [buffer_type for _, buffer_type in placement.rules({"CPU": 1, "X": 2}, 3)] == [1, 2, 3]
     assert Placement().rules({"CPU": 1}, None) == []
 
 
