@@ -49,7 +49,7 @@ from gpu_bench_plan import (
     search_least,
     stock_on_gpu,
 )
-from gpu_bench_report import summarise_stage, tables
+from gpu_bench_report import LEGEND, summarise_stage, tables
 from gpu_bench_worker import WorkerOptions
 
 from hybrimoe.errors import HybrimoeError, PluginError, UsageError, render
@@ -421,7 +421,9 @@ class Bench:
 
         if low < model.n_layers:
             best, speeds = search_least(low, model.n_layers, lambda n: speed(stock_on_gpu(variant, n)))
-            entry["choice"] = {"n_cpu_moe": best, "least_that_fits": low, "decode_t_per_s": speeds}
+            # All layers on the CPU is the row with -cmoe, which is measured anyway.
+            on_gpu = best if best < model.n_layers else None
+            entry["choice"] = {"n_cpu_moe": on_gpu, "least_that_fits": low, "decode_t_per_s": speeds}
         else:
             entry["choice"] = {"n_cpu_moe": None, "least_that_fits": low, "decode_t_per_s": {}}
         if options.baseline_bin:
@@ -595,6 +597,10 @@ def heading(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def print_report(report: Mapping[str, Any], markdown: bool) -> None:
+    print("\n".join([*heading(report), *tables(report, markdown=markdown), *LEGEND]))
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -746,7 +752,7 @@ def prepare(options: argparse.Namespace) -> None:
 def run(options: argparse.Namespace) -> int:
     if options.only_print:
         report = read_report(options.json)
-        print("\n".join([*heading(report), *tables(report, markdown=options.markdown)]))
+        print_report(report, options.markdown)
         return 0
     prepare(options)
     device = pick_device(list_devices(options.backend), options.device)
@@ -767,7 +773,7 @@ def run(options: argparse.Namespace) -> int:
     finally:
         summarise(bench)
         bench.keep()
-    print("\n".join([*heading(bench.report), *tables(bench.report, markdown=options.markdown)]))
+    print_report(bench.report, options.markdown)
     if left:
         print(
             f"stopped after {bench.budget.used_s / 60:.0f} minutes, {len(left)} of {len(stages)} stages are left: "

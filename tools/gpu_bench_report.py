@@ -154,6 +154,19 @@ FIGURES = (
 )
 
 
+LEGEND = (
+    "t/s: median of the rounds, with its 95 % interval; ratios are formed within a round.",
+    "CPU, GPU, link: share of the time that each computed or copied experts (GPU: by its cost per expert).",
+    "limit: least time for the experts at each device's cost per expert, over the time they took (decode).",
+    "DRAM: bytes of experts read or copied, over what this machine's memory could have delivered.",
+    "plan us: planning and launching, per layer and step.",
+)
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}"
+
+
 def cells(name: str, entry: Mapping[str, Any], used: int | None) -> list[str]:
     of = entry.get("figures", {})
     to_stock = entry["to_best_stock"]
@@ -162,11 +175,12 @@ def cells(name: str, entry: Mapping[str, Any], used: int | None) -> list[str]:
         shown(entry["tokens_per_s"], 1),
         "-" if to_stock is None else shown(to_stock, 2),
         *(percent(of.get(key)) for _, key in FIGURES),
+        number(of.get("plan_us")),
         "-" if not used else f"{used / 2**20:.0f}",
     ]
 
 
-HEADS = ["row", "t/s", "to best stock", *(head for head, _ in FIGURES), "GPU MiB"]
+HEADS = ["row", "t/s", "to best stock", *(head for head, _ in FIGURES), "plan us", "GPU MiB"]
 
 
 def stage_rows(stage: Mapping[str, Any], test: str, of_test: Mapping[str, Any]) -> list[list[str]]:
