@@ -39,6 +39,19 @@ std::string describe_mismatch() {
     return same ? std::string() : "the running ggml " + running + " has other structures than the plug-in's headers";
 }
 
+int64_t describe(uint64_t instance, std::string (hybrimoe::instance_view::*what)() const, char * out, size_t size) {
+    int64_t length = -1;
+    hybrimoe::ask_instance(instance, [&](const hybrimoe::instance_view & view) {
+        const std::string text = (view.*what)();
+        length                 = static_cast<int64_t>(text.size());
+        if (out != nullptr && size > 0) {
+            std::snprintf(out, size, "%s", text.c_str());
+        }
+        return true;
+    });
+    return length;
+}
+
 } // namespace
 
 extern "C" {
@@ -112,16 +125,28 @@ int hybrimoe_reset_counters(uint64_t instance) {
 }
 
 int64_t hybrimoe_describe_state(uint64_t instance, char * out, size_t size) {
-    int64_t length = -1;
-    hybrimoe::ask_instance(instance, [&](const hybrimoe::instance_view & view) {
-        const std::string text = view.describe_state();
-        length                 = static_cast<int64_t>(text.size());
-        if (out != nullptr && size > 0) {
-            std::snprintf(out, size, "%s", text.c_str());
-        }
-        return true;
-    });
-    return length;
+    return describe(instance, &hybrimoe::instance_view::describe_state, out, size);
+}
+
+int64_t hybrimoe_describe_trace(uint64_t instance, char * out, size_t size) {
+    return describe(instance, &hybrimoe::instance_view::describe_trace, out, size);
+}
+
+int64_t hybrimoe_read_trace(uint64_t instance, void * out, int64_t size) {
+    int64_t n_bytes = -1;
+    if (out != nullptr && size >= 0) {
+        hybrimoe::ask_instance(instance, [&](const hybrimoe::instance_view & view) {
+            n_bytes = view.read_trace(static_cast<uint8_t *>(out), static_cast<size_t>(size));
+            return true;
+        });
+    }
+    return n_bytes;
+}
+
+int hybrimoe_stop_trace(uint64_t instance) {
+    const bool stopped =
+        hybrimoe::ask_instance(instance, [](const hybrimoe::instance_view & view) { return view.stop_trace(); });
+    return stopped ? 0 : -1;
 }
 
 int32_t hybrimoe_residency(uint64_t instance, int32_t layer, int32_t * device, int32_t capacity) {

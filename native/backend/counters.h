@@ -64,6 +64,10 @@ public:
     virtual std::string describe_state() const                                           = 0;
     virtual bool residency(int layer, std::vector<int32_t> & device) const               = 0;
     virtual bool next_event(uint64_t after, uint64_t & number, std::string & line) const = 0;
+    // See hybrimoe_read_trace and its neighbours.
+    virtual int64_t read_trace(uint8_t * out, size_t size) const = 0;
+    virtual bool stop_trace() const                              = 0;
+    virtual std::string describe_trace() const                   = 0;
 };
 
 // Instances by id, so that a host can ask for counters without holding ggml objects.

@@ -46,7 +46,8 @@ dispatcher::dispatcher(const settings & config, std::shared_ptr<counters> data)
       kernels_(config.kernels == cpu_kernels::ggml ? nullptr : std::make_unique<kernel_executor>(config)),
       hybrid_(config, counters_, *this, kernels_ == nullptr ? kernels::best_kernel_set() : kernels_->set()) {}
 
-ggml_status dispatcher::compute(ggml_cgraph * graph) {
+ggml_status dispatcher::compute(ggml_cgraph * graph, const std::vector<graph_input> & inputs) {
+    inputs_              = &inputs;
     ggml_tensor ** nodes = ggml_graph_nodes(graph);
     find_segments(nodes, ggml_graph_n_nodes(graph), segments_);
     for (const segment & one : segments_) {
@@ -56,6 +57,15 @@ ggml_status dispatcher::compute(ggml_cgraph * graph) {
         }
     }
     return GGML_STATUS_SUCCESS;
+}
+
+device_rows dispatcher::origin_of(const ggml_tensor * x) const {
+    for (const graph_input & input : *inputs_) {
+        if (input.data == x->data) {
+            return input.there;
+        }
+    }
+    return {};
 }
 
 int dispatcher::n_threads_for(size_t n_bytes) const {
@@ -68,7 +78,7 @@ ggml_status dispatcher::run_block(ggml_tensor ** nodes, const moe_block & block)
     const bool is_shared = described && hybrid_.prepare(block, *described, kernels_ == nullptr);
     if (is_shared) {
         hybrid_.set_input(static_cast<const float *>(described->x->data), described->x->nb[2],
-                          shares_input(nodes, block, *described));
+                          shares_input(nodes, block, *described), origin_of(described->x));
     }
     const ggml_status status = kernels_ && described ? run_with_kernels(nodes, block, *described, is_shared)
                                                      : run_with_ggml(nodes, block, is_shared ? &*described : nullptr);
@@ -149,7 +159,9 @@ ggml_status dispatcher::run_with_ggml(ggml_tensor ** nodes, const moe_block & bl
     take_routing(block, shared);
     add(counts.router_ns, watch.lap_ns());
 
-    if (shared != nullptr) {
+    if (shared != nullptr && hybrid_.only_records()) {
+        hybrid_.route(ids_.data(), weights_.data(), scores_.empty() ? nullptr : scores_.data());
+    } else if (shared != nullptr) {
         status = run_shared(block, *shared);
         add(counts.experts_ns, watch.lap_ns());
         return status == GGML_STATUS_SUCCESS ? run_tail(nodes, block, *shared) : status;
@@ -194,7 +206,7 @@ ggml_status dispatcher::run_shared(const moe_block & block, const described_bloc
                     static_cast<const char *>(described.x->data) + static_cast<size_t>(t) * described.x->nb[2],
                     row * sizeof(float));
     }
-    hybrid_.set_input(x_.data(), row * sizeof(float), false);
+    hybrid_.set_input(x_.data(), row * sizeof(float), false, origin_of(described.x));
     const uint8_t * take = hybrid_.route(ids_.data(), weights_.data(), scores_.empty() ? nullptr : scores_.data());
     routed_pairs pairs   = hybrid_.pairs();
     pairs.ids            = ids_.data();

@@ -71,8 +71,8 @@ struct backend_state {
 
     uint64_t id;
     dispatcher dispatch;
-    // Backends whose copies into our inputs are under way: one wait for all of them when the graph begins.
-    std::vector<ggml_backend_t> sources;
+    // Inputs that are on their way to host memory: one wait for each backend they come from when the graph begins.
+    std::vector<graph_input> inputs;
 };
 
 backend_state & state_of(ggml_backend_t backend) {
@@ -88,14 +88,26 @@ void backend_free(ggml_backend_t backend) {
     delete backend;
 }
 
+void wait_for(const std::vector<graph_input> & inputs) {
+    std::vector<ggml_backend_t> waited;
+    for (const graph_input & input : inputs) {
+        if (std::find(waited.begin(), waited.end(), input.there.source) == waited.end()) {
+            ggml_backend_synchronize(input.there.source);
+            waited.push_back(input.there.source);
+        }
+        if (input.same_as != nullptr) {
+            std::memcpy(input.data, input.same_as, ggml_nbytes(input.there.tensor));
+        }
+    }
+}
+
 ggml_status backend_graph_compute(ggml_backend_t backend, ggml_cgraph * graph) {
     backend_state & state = state_of(backend);
-    for (ggml_backend_t source : state.sources) {
-        ggml_backend_synchronize(source);
-    }
-    state.sources.clear();
+    wait_for(state.inputs);
+    std::vector<graph_input> inputs;
+    inputs.swap(state.inputs);
     try {
-        return state.dispatch.compute(graph);
+        return state.dispatch.compute(graph, inputs);
     } catch (const std::bad_alloc &) {
         return GGML_STATUS_ALLOC_FAILED;
     } catch (const std::exception & error) {
@@ -113,11 +125,19 @@ bool backend_cpy_tensor_async(ggml_backend_t source, ggml_backend_t backend, con
         ggml_nbytes(from) != ggml_nbytes(to)) {
         return false;
     }
-    ggml_backend_tensor_get_async(source, from, to->data, 0, ggml_nbytes(from));
-    std::vector<ggml_backend_t> & sources = state_of(backend).sources;
-    if (std::find(sources.begin(), sources.end(), source) == sources.end()) {
-        sources.push_back(source);
+    // The same rows come twice, under two shapes.
+    std::vector<graph_input> & inputs = state_of(backend).inputs;
+    const auto first                  = std::find_if(inputs.begin(), inputs.end(), [&](const graph_input & other) {
+        return other.there.tensor->data == from->data && other.there.source == source &&
+               ggml_nbytes(other.there.tensor) == ggml_nbytes(from);
+    });
+    graph_input input{to->data, {from, source}, nullptr};
+    if (first == inputs.end()) {
+        ggml_backend_tensor_get_async(source, from, to->data, 0, ggml_nbytes(from));
+    } else {
+        input.same_as = first->data;
     }
+    inputs.push_back(input);
     return true;
 }
 

@@ -60,6 +60,8 @@ struct settings {
     std::string costs_json;            // cost section of a calibration; empty: measured at the start
     int64_t n_cpu_layers     = 0;      // the first layers (llama.cpp's indices) that have no slots
     int64_t max_batch_tokens = 512;    // work memory that is reserved for prefill
+    int64_t trace_bytes      = 0;      // ring of the recording; 0: nothing is recorded
+    bool trace_scores        = true;   // ... with all router scores
     std::string route_trace;           // benchmark only: a file whose expert ids replace the router's
     double throttle_bytes_per_s = 0.0; // benchmark only: copies are no faster
     std::string state_path;            // residency is read from and written to this file; empty: not kept

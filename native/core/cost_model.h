@@ -23,6 +23,12 @@ public:
     static status piecewise(const double * n_tokens, const double * us, int n_points, cost_curve & out);
 
     bool known() const { return n_points_ > 0 || fixed_us_ == fixed_us_; }
+    // What it was made of: no points means affine.
+    int n_points() const { return n_points_; }
+    double point_n_tokens(int i) const { return x_[i]; }
+    double point_us(int i) const { return y_[i]; }
+    double fixed_us() const { return fixed_us_; }
+    double per_token_us() const { return per_token_us_; }
     double at(double n_tokens) const {
         return n_points_ == 0 ? fixed_us_ + per_token_us_ * n_tokens : interpolate(n_tokens);
     }

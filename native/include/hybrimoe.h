@@ -39,6 +39,8 @@ HYBRIMOE_API const char * hybrimoe_check_ggml(void);
 //                       {"cpu_us", "cpu_first_us", "gpu_us", "copy_us"}
 //   "max_batch_tokens"  work memory that is kept free for prefill
 //   "state_path"        file that keeps which experts were resident
+//   "trace"             bytes of the ring that records what the instance does (see below); 0: nothing is recorded
+//   "trace_scores"      record all router scores too
 //   "route_trace", "throttle_link_bytes_per_s", "faults"  for benchmarks and tests
 // The environment variable HYBRIMOE_CONFIG holds the same for hosts that do not call this. Returns 0, or -1 with a
 // message in `error` and nothing changed.
@@ -65,9 +67,9 @@ struct hybrimoe_layer_counters {
     uint64_t n_misses;           // ... was not
     uint64_t n_late;             // ... was being copied; counted among the misses
     uint64_t n_evictions;
-    uint64_t n_copies;           // experts sent to accelerators, for whatever reason
-    uint64_t n_prefetched;       // of these, speculative ones
-    uint64_t h2d_bytes;          // of all copies
+    uint64_t n_copies;     // experts sent to accelerators, for whatever reason
+    uint64_t n_prefetched; // of these, speculative ones
+    uint64_t h2d_bytes;    // of all copies
 };
 
 // Number of layers for which the instance holds counters (highest layer index seen + 1); 0 for an unknown instance.
@@ -84,9 +86,37 @@ HYBRIMOE_API int64_t hybrimoe_describe_state(uint64_t instance, char * out, size
 // device[e]: the accelerator that holds expert e of the layer (0-based), or -1. Returns the layer's number of experts
 // (at most `capacity` are written), or -1 for an unknown instance or layer.
 HYBRIMOE_API int32_t hybrimoe_residency(uint64_t instance, int32_t layer, int32_t * device, int32_t capacity);
-// The first line that the dispatch logged after number `after` (0: from the start). Returns its number, or 0 if there is
-// none; the text is cut to `size`.
+// The first line that the dispatch logged after number `after` (0: from the start). Returns its number, or 0 if there
+// is none; the text is cut to `size`.
 HYBRIMOE_API uint64_t hybrimoe_next_event(uint64_t instance, uint64_t after, char * line, size_t size);
+
+// Recording of a live run. The computing thread hands every pass of the model over whole; when the ring has no room for
+// it, it is dropped and counted. Kinds of events and the meaning of their fields: docs/trace-format.md.
+struct hybrimoe_trace_event {
+    int32_t type, layer, n_rows, a, b, c;
+    int64_t id;
+    int64_t offset, scores_offset, lookahead_offset; // within the pass; -1: none
+    double now_us, cpu_ready_us, gap_us, x, y, z;
+    double gpu_ready_us[8];
+};
+// Head of a pass. Then follow n_events events, n_ids ids (int32_t), n_ids router weights, n_scores scores and
+// n_lookahead look-ahead scores (float), n_ids devices (int8_t), n_text bytes of text (cost sections; event COSTS has
+// the first byte in `id` and the length in `c`), and zeros up to n_bytes.
+struct hybrimoe_trace_pass {
+    uint64_t n_bytes;   // with this head
+    uint64_t n_dropped; // passes lost before this one
+    int64_t n_events, n_ids, n_scores, n_lookahead, n_text;
+};
+// Moves as many whole passes to `out` as fit; for one reading thread. Returns their bytes; 0: there is none; -n: the
+// next one has n bytes; -1: the instance is unknown or does not record.
+HYBRIMOE_API int64_t hybrimoe_read_trace(uint64_t instance, void * out, int64_t size);
+// Ends the recording; what was recorded may still be read. Returns 0, or -1 as above.
+HYBRIMOE_API int hybrimoe_stop_trace(uint64_t instance);
+// What belongs to a recording as one JSON object: "layers" (llama.cpp's indices of the layers, in the order of events),
+// "is_set_up", "run" (how the runtime was made; null: none was), "counters" (the runtime's, as of now), "n_passes",
+// "n_dropped", "us_per_decode_pass" and "us_per_prefill_pass" (cost for the computing thread). Otherwise as
+// hybrimoe_describe_state.
+HYBRIMOE_API int64_t hybrimoe_describe_trace(uint64_t instance, char * out, size_t size);
 
 #ifdef __cplusplus
 }

@@ -371,7 +371,8 @@ HM_API void hm_runtime_get_cache_stats(const hm_runtime * runtime, hm_cache_stat
 
 /* A recorded run, replayed in one call: every event that moved a decision, in order. */
 typedef enum hm_event_type {
-    HM_EVENT_LAYER,    /* layer, n_rows, a = top_k, b = scratch; arrays at `offset` (in rows x top_k) */
+    HM_EVENT_LAYER,    /* layer, n_rows, a = top_k, b = scratch, c: bit d - 1 set where look-ahead at distance d was
+                          known (0: at all, if any); arrays at `offset` (in rows x top_k) */
     HM_EVENT_COMPLETE, /* id */
     HM_EVENT_FAIL,     /* id */
     HM_EVENT_PROMPT,
@@ -379,6 +380,8 @@ typedef enum hm_event_type {
     HM_EVENT_RESIZE, /* layer, a: device, b: slots */
     HM_EVENT_COSTS,  /* a: index into `costs` */
     HM_EVENT_LAYER_DONE,
+    HM_EVENT_LOAD,   /* layer, a: expert, b: device: a load that no plan asked for begins (a warm start) */
+    HM_EVENT_LOADED, /* layer, a: expert, b: 0 if it failed */
     HM_N_EVENT_TYPES
 } hm_event_type;
 

@@ -1,6 +1,7 @@
 #include "accelerator/device_compute.h"
 
 #include "ggml-alloc.h"
+#include "ggml-backend-impl.h"
 
 #include <algorithm>
 #include <cstring>
@@ -97,6 +98,7 @@ device_compute::~device_compute() {
 
 // Inputs of a decode graph in one block, so that one upload carries them: x, scales, ids.
 struct input_offsets {
+    size_t x_bytes     = 0;
     size_t scale_at[3] = {};
     size_t ids_at      = 0;
     size_t n_bytes     = 0;
@@ -104,7 +106,8 @@ struct input_offsets {
     input_offsets(const device_port & port, const expert_layout & layout, int n) {
         const size_t step    = port.alignment();
         const int64_t n_x    = layout.x_per_pair ? n : 1;
-        size_t at            = round_up(static_cast<size_t>(layout.n_embd * n_x) * sizeof(float), step);
+        x_bytes              = round_up(static_cast<size_t>(layout.n_embd * n_x) * sizeof(float), step);
+        size_t at            = x_bytes;
         const float * have[] = {layout.scale_gate, layout.scale_up, layout.scale_down};
         for (int i = 0; i < 3; i++) {
             if (have[i] != nullptr) {
@@ -182,6 +185,7 @@ bool device_compute::build_rows(const rows_request & request, row_graph & out) {
     out            = {};
     out.context    = make_context(max_ffn_nodes + 16, max_ffn_nodes + 8);
     out.ids_at     = offsets.ids_at;
+    out.x_bytes    = offsets.x_bytes;
     out.generation = request.slots->generation();
     std::copy(offsets.scale_at, offsets.scale_at + 3, out.scale_at);
     out.input_bytes        = offsets.ids_at + static_cast<size_t>(n) * sizeof(int32_t);
@@ -197,6 +201,7 @@ bool device_compute::build_rows(const rows_request & request, row_graph & out) {
         return ggml_backend_tensor_alloc(out.input->buffer, t, base + at) == GGML_STATUS_SUCCESS ? t : nullptr;
     };
     ggml_tensor * x   = input(GGML_TYPE_F32, layout.n_embd, layout.x_per_pair ? n : 1, 1, 0);
+    out.x             = x;
     ggml_tensor * ids = input(GGML_TYPE_I32, n, 1, 1, offsets.ids_at);
     ggml_tensor * scales[3]{};
     for (int i = 0; i < 3; i++) {
@@ -221,6 +226,17 @@ device_compute::row_graph * device_compute::find_graph(const rows_request & requ
         }
     }
     return &found;
+}
+
+bool device_compute::take_over(const device_rows & rows, ggml_tensor * to) const {
+    if (rows.tensor == nullptr || !ggml_are_same_shape(rows.tensor, to)) {
+        return false;
+    }
+    const ggml_tensor * owner = rows.tensor->view_src == nullptr ? rows.tensor : rows.tensor->view_src;
+    const auto copy           = port_.compute()->iface.cpy_tensor_async;
+    return owner->buffer != nullptr && copy != nullptr &&
+           ggml_backend_buft_get_device(ggml_backend_buffer_get_type(owner->buffer)) == port_.device() &&
+           copy(rows.source, port_.compute(), rows.tensor, to);
 }
 
 bool device_compute::launch_rows(const rows_request & request) {
@@ -250,7 +266,9 @@ bool device_compute::launch_rows(const rows_request & request) {
         }
     }
     std::memcpy(out.input + graph->ids_at, request.slot_ids, static_cast<size_t>(request.n) * sizeof(int32_t));
-    ggml_backend_tensor_set_async(port_.compute(), graph->input, out.input, 0, graph->input_bytes);
+    // What lies on the device already is not sent again.
+    const size_t begin = !layout.x_per_pair && take_over(request.x_there, graph->x) ? graph->x_bytes : 0;
+    ggml_backend_tensor_set_async(port_.compute(), graph->input, out.input + begin, begin, graph->input_bytes - begin);
     if (ggml_backend_graph_compute_async(port_.compute(), graph->graph) != GGML_STATUS_SUCCESS) {
         return false;
     }
@@ -309,8 +327,9 @@ bool device_compute::upload(ggml_tensor * tensor, const void * data, size_t n_by
     return true;
 }
 
-bool device_compute::begin_batch(const expert_layout & layout, const float * x, size_t x_token_bytes, int64_t n_tokens,
-                                 int64_t max_pairs, int n_chunks, int n_x_rows) {
+bool device_compute::begin_batch(const expert_layout & layout, const float * x, size_t x_token_bytes,
+                                 const device_rows & x_there, int64_t n_tokens, int64_t max_pairs, int n_chunks,
+                                 int n_x_rows) {
     synchronize(); // what an abandoned step left behind
     batch_contexts_.clear();
     n_tokens_               = n_tokens;
@@ -338,14 +357,16 @@ bool device_compute::begin_batch(const expert_layout & layout, const float * x, 
     if (!batch_arena_.place(port_, batch_x_) || !batch_arena_.place(port_, batch_rows_)) {
         return false;
     }
-    char * staged = stage(nullptr, tokens * x_bytes);
-    if (staged == nullptr) {
-        return false;
+    if (!take_over(x_there, batch_x_)) {
+        char * staged = stage(nullptr, tokens * x_bytes);
+        if (staged == nullptr) {
+            return false;
+        }
+        for (size_t t = 0; t < tokens; t++) {
+            std::memcpy(staged + t * x_bytes, reinterpret_cast<const char *>(x) + t * x_token_bytes, x_bytes);
+        }
+        ggml_backend_tensor_set_async(port_.compute(), batch_x_, staged, 0, tokens * x_bytes);
     }
-    for (size_t t = 0; t < tokens; t++) {
-        std::memcpy(staged + t * x_bytes, reinterpret_cast<const char *>(x) + t * x_token_bytes, x_bytes);
-    }
-    ggml_backend_tensor_set_async(port_.compute(), batch_x_, staged, 0, tokens * x_bytes);
     char * zeros = stage(nullptr, row_bytes);
     std::memset(zeros, 0, row_bytes);
     ggml_backend_tensor_set_async(port_.compute(), batch_rows_, zeros, 0, row_bytes);

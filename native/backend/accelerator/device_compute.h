@@ -37,16 +37,23 @@ private:
     size_t used_ = 0;
 };
 
+// Rows that a backend has just computed on a device, and that lie in host memory too.
+struct device_rows {
+    const ggml_tensor * tensor = nullptr; // [n_embd, n_tokens] contiguous; null: host memory only
+    ggml_backend_t source      = nullptr;
+};
+
 // One token through n experts of a layer.
 struct rows_request {
     const expert_layout * layout = nullptr;
     const slot_set * slots       = nullptr;
     const float * x              = nullptr; // [n_embd], or [n_embd, rows] where layout.x_per_pair
-    const int32_t * x_rows       = nullptr; // [n], where layout.x_per_pair: each expert's row of x; null: 0 for all
-    const int32_t * slot_ids     = nullptr; // [n]
-    const int32_t * experts      = nullptr; // [n], for their scales
-    int n                        = 0;
-    int lane                     = 0; // 0 or 1: two requests may be under way in one step
+    device_rows x_there;                    // the same on a device
+    const int32_t * x_rows   = nullptr;     // [n], where layout.x_per_pair: each expert's row of x; null: 0 for all
+    const int32_t * slot_ids = nullptr;     // [n]
+    const int32_t * experts  = nullptr;     // [n], for their scales
+    int n                    = 0;
+    int lane                 = 0; // 0 or 1: two requests may be under way in one step
 };
 
 // (token, expert) pairs whose experts all lie in one slot set. A pair's token is its row of x: token * top_k + k where
@@ -80,8 +87,8 @@ public:
 
     // A batch of one layer: begin, then chunks, then one of the two ends.
     // x holds n_x_rows contiguous rows for each token.
-    bool begin_batch(const expert_layout & layout, const float * x, size_t x_token_bytes, int64_t n_tokens,
-                     int64_t max_pairs, int n_chunks, int n_x_rows = 1);
+    bool begin_batch(const expert_layout & layout, const float * x, size_t x_token_bytes, const device_rows & x_there,
+                     int64_t n_tokens, int64_t max_pairs, int n_chunks, int n_x_rows = 1);
     // first_row: where the chunk's rows begin, in the order of its pairs.
     bool launch_chunk(const expert_layout & layout, const slot_set & slots, const pair_list & pairs,
                       int64_t & first_row);
@@ -99,10 +106,12 @@ private:
         context_ptr context;
         ggml_cgraph * graph = nullptr;
         ggml_tensor * input = nullptr; // all inputs as one tensor of bytes
+        ggml_tensor * x     = nullptr; // the front of the input
         ggml_tensor * rows  = nullptr;
         uint64_t generation = 0;
         size_t scale_at[3]  = {}; // offsets of gate, up and down scales in the input; 0: none
         size_t ids_at       = 0;
+        size_t x_bytes      = 0; // up to the scales or ids
         size_t input_bytes  = 0;
     };
     struct lane_memory {
@@ -114,6 +123,7 @@ private:
     bool build_rows(const rows_request & request, row_graph & out);
     static size_t arena_bytes(const device_port & port, const expert_layout & layout, int n);
 
+    bool take_over(const device_rows & rows, ggml_tensor * to) const;
     char * stage(const void * data, size_t n_bytes);
     bool upload(ggml_tensor * tensor, const void * data, size_t n_bytes);
     bool reserve_batch(size_t device_bytes, size_t host_bytes);

@@ -42,6 +42,17 @@ status read_curve(const nlohmann::json & data, cost_curve & out) {
     return cost_curve::piecewise(x.data(), y.data(), static_cast<int>(x.size()), out);
 }
 
+nlohmann::json describe_curve(const cost_curve & curve) {
+    if (curve.n_points() == 0) {
+        return {{"fixed_us", curve.fixed_us()}, {"per_token_us", curve.per_token_us()}};
+    }
+    nlohmann::json points = nlohmann::json::array();
+    for (int i = 0; i < curve.n_points(); i++) {
+        points.push_back({curve.point_n_tokens(i), curve.point_us(i)});
+    }
+    return {{"points", points}};
+}
+
 // Time over tokens through two measured points: constant up to one token's, then a straight line, never falling.
 status curve_of(double one_us, double many_us, int n_many, cost_curve & out) {
     const double points[] = {1.0, static_cast<double>(n_many)};
@@ -185,7 +196,7 @@ private:
         }
         int64_t row = 0;
         if (!device.compute.begin_batch(layer.layout, x.data(),
-                                        static_cast<size_t>(layer.layout.n_embd) * sizeof(float), many_tokens,
+                                        static_cast<size_t>(layer.layout.n_embd) * sizeof(float), {}, many_tokens,
                                         many_tokens, 1)) {
             return enough_us;
         }
@@ -278,6 +289,33 @@ status calibrated_cost_model(const std::string & json, const layer_book & book, 
     } catch (const nlohmann::json::exception & error) {
         return status::fail(error_code::missing_cost, "the calibration cannot be read: %s", error.what());
     }
+}
+
+std::string describe_costs(const cost_model & costs) {
+    nlohmann::json out;
+    for (int layer = 0; layer < costs.n_layers(); layer++) {
+        out["layer_class"].push_back(costs.class_of(layer));
+    }
+    for (int cls = 0; cls < costs.n_classes(); cls++) {
+        const layer_class & from = costs.of_class(cls);
+        nlohmann::json one       = {
+            {"expert_bytes", from.bytes}, {"cpu", describe_curve(from.cpu)}, {"cpu_first_us", from.cpu_first_us}};
+        one["gpu"] = nlohmann::json::array();
+        for (int d = 0; d < costs.n_devices(); d++) {
+            one["gpu"].push_back(describe_curve(from.gpu[d]));
+        }
+        out["classes"].push_back(std::move(one));
+    }
+    const double dram        = costs.dram_bytes_per_us();
+    out["cpu_step_us"]       = costs.step_us(cpu_device);
+    out["dram_bytes_per_us"] = std::isfinite(dram) ? nlohmann::json(dram) : nlohmann::json(nullptr);
+    out["devices"]           = nlohmann::json::array();
+    for (int d = 0; d < costs.n_devices(); d++) {
+        out["devices"].push_back({{"latency_us", costs.link(d).latency_us},
+                                  {"bytes_per_us", costs.link(d).bytes_per_us},
+                                  {"step_us", costs.step_us(d)}});
+    }
+    return out.dump();
 }
 
 status measured_cost_model(const layer_book & book, std::vector<std::unique_ptr<accelerator>> & devices,

@@ -22,4 +22,7 @@ status calibrated_cost_model(const std::string & json, const layer_book & book, 
 status measured_cost_model(const layer_book & book, std::vector<std::unique_ptr<accelerator>> & devices,
                            cpu_timer & timer, const step_clock & clock, cost_model & out);
 
+// The opposite: a cost section that gives the same model, bit for bit.
+std::string describe_costs(const cost_model & costs);
+
 } // namespace hybrimoe

@@ -144,9 +144,11 @@ void device_step::launch_lane(int lane, bool waiting) {
         return;
     }
     rows_request request;
-    request.layout   = layout_;
-    request.slots    = items_[which.front()].on;
-    request.x        = pairs_.x;
+    request.layout = layout_;
+    request.slots  = items_[which.front()].on;
+    request.x      = pairs_.x;
+    // Only before the worker may touch the device too.
+    request.x_there  = waiting ? device_rows() : pairs_.x_there;
     request.x_rows   = layout_->x_per_pair ? x_rows_.data() : nullptr;
     request.slot_ids = slots_.data();
     request.experts  = experts_.data();
@@ -171,8 +173,9 @@ void device_step::begin_batch() {
         n_pairs += static_cast<int64_t>(pairs_of_[i].size());
     }
     const size_t n_chunks = waiting_.size() + static_cast<size_t>(n_pairs) / max_chunk_pairs + resident_.size() + 1;
-    batch_open_ = device_.compute.begin_batch(*layout_, pairs_.x, pairs_.x_token_bytes, pairs_.n_tokens, n_pairs,
-                                              static_cast<int>(n_chunks), layout_->x_per_pair ? pairs_.top_k : 1);
+    batch_open_ =
+        device_.compute.begin_batch(*layout_, pairs_.x, pairs_.x_token_bytes, pairs_.x_there, pairs_.n_tokens, n_pairs,
+                                    static_cast<int>(n_chunks), layout_->x_per_pair ? pairs_.top_k : 1);
 }
 
 // All of one slot set.

@@ -50,7 +50,8 @@ struct routed_pairs {
     const float * weights = nullptr; // [top_k, n_tokens]
     const float * x       = nullptr; // [n_embd, n_tokens], or [n_embd, top_k, n_tokens] where layout.x_per_pair
     size_t x_token_bytes  = 0;
-    bool exact            = false; // rows are wanted one by one, to be summed in ggml's order
+    device_rows x_there; // the same where a backend computed it
+    bool exact = false;  // rows are wanted one by one, to be summed in ggml's order
 };
 
 // The input row [n_embd] of pair token * top_k + k.

@@ -24,7 +24,11 @@ constexpr int32_t nowhere              = -2; // of an expert whose accelerator d
 
 hybrid_dispatch::hybrid_dispatch(const settings & config, std::shared_ptr<counters> data, cpu_timer & timer,
                                  const kernels::kernel_set * kernels)
-    : config_(config), counters_(std::move(data)), timer_(timer), kernels_(kernels), log_(config.log_to_stderr) {}
+    : config_(config), counters_(std::move(data)), timer_(timer), kernels_(kernels), log_(config.log_to_stderr) {
+    if (config_.trace_bytes > 0) {
+        recorder_ = std::make_unique<trace_recorder>(static_cast<size_t>(config_.trace_bytes), config_.trace_scores);
+    }
+}
 
 hybrid_dispatch::~hybrid_dispatch() {
     if (runtime_ == nullptr || config_.state_path.empty()) {
@@ -59,13 +63,19 @@ bool hybrid_dispatch::prepare(const moe_block & block, const described_block & d
         book_.find(block, described) == 0) {
         set_up(); // the first layer again: one pass is over, and all other memory has been taken
     }
-    layer_  = book_.find(block, described);
-    routed_ = false;
-    if (phase_ == phase::learning || layer_ < 0 || (phase_ == phase::off && !trace_.is_active())) {
+    layer_             = book_.find(block, described);
+    routed_            = false;
+    const bool records = is_recording();
+    if (layer_ < 0 || (phase_ != phase::ready && !trace_.is_active() && !records)) {
         return false;
     }
     if (layer_ <= last_layer_ || (layer_ == 0 && last_layer_ < 0)) {
-        on_pass_end();
+        if (records) {
+            recorder_->begin_pass(block.n_tokens(), clock_.now_us());
+        }
+        if (phase_ != phase::learning) {
+            on_pass_end();
+        }
     }
     last_layer_     = layer_;
     n_expert_       = block.n_expert;
@@ -73,14 +83,17 @@ bool hybrid_dispatch::prepare(const moe_block & block, const described_block & d
     pairs_.n_tokens = block.n_tokens();
     pairs_.top_k    = static_cast<int32_t>(block.top_k());
     pairs_.exact    = exact;
-    pass_is_decode_ = pass_is_decode_ && pairs_.n_tokens == 1;
-    pass_tokens_    = pairs_.n_tokens;
     any_rest_       = false;
+    if (phase_ != phase::learning) {
+        pass_is_decode_ = pass_is_decode_ && pairs_.n_tokens == 1;
+        pass_tokens_    = pairs_.n_tokens;
+    }
     return true;
 }
 
-void hybrid_dispatch::set_input(const float * x, size_t x_token_bytes, bool is_gate_input) {
+void hybrid_dispatch::set_input(const float * x, size_t x_token_bytes, bool is_gate_input, const device_rows & there) {
     pairs_.x             = x;
+    pairs_.x_there       = there;
     pairs_.x_token_bytes = x_token_bytes;
     const bool wanted    = phase_ == phase::ready && horizon_ > 0 && kernels_ != nullptr && is_gate_input &&
                            runtime_->prefetch_on() && pairs_.n_tokens <= look_ahead_tokens;
@@ -92,7 +105,7 @@ void hybrid_dispatch::set_input(const float * x, size_t x_token_bytes, bool is_g
 }
 
 bool hybrid_dispatch::wants_scores() const {
-    return phase_ == phase::ready && needs_scores_;
+    return (phase_ == phase::ready && needs_scores_) || (is_recording() && recorder_->with_scores());
 }
 
 void hybrid_dispatch::look_ahead(int thread, int n_threads) {
@@ -116,12 +129,15 @@ void hybrid_dispatch::on_pass_end() {
     }
     if (!pass_is_decode_ && !was_prompt_) {
         runtime_->begin_prompt();
+        note(trace_kind::prompt);
     }
     was_prompt_     = !pass_is_decode_;
     pass_us_        = 0.0;
     pass_is_decode_ = true;
     if (live_ && estimator_.moved() && estimator_.apply(costs_).ok()) {
-        runtime_->set_costs(costs_);
+        if (runtime_->set_costs(costs_).ok()) {
+            note_costs();
+        }
     }
     drift_report drift;
     while (live_ && estimator_.next_drift(drift)) {
@@ -187,6 +203,7 @@ void hybrid_dispatch::apply_guard(const guard_change & change) {
     limits.demand_copies = level < static_cast<int>(guard_level::no_demand);
     limits.admission     = level < static_cast<int>(guard_level::frozen);
     runtime_->set_limits(limits);
+    note(trace_kind::limits, 0, limits.prefetch, limits.demand_copies, limits.admission);
     log_.add("guard: %s -> %s%s: experts take %.0f us a token, plain llama.cpp's best placement would take %.0f",
              guard_level_name(change.from), guard_level_name(change.to), change.is_trial ? " on trial" : "",
              change.token_us, change.floor_us);
@@ -212,12 +229,16 @@ void hybrid_dispatch::take_results() {
             }
             const double now = clock_.now_us();
             if (result.ok) {
-                runtime_->on_complete(result.id, now);
+                if (runtime_->on_complete(result.id, now).ok()) {
+                    note_copy(trace_kind::complete, result.id, now);
+                }
                 if (live_) {
                     estimator_.observe_copy(static_cast<int>(d), result.bytes, result.us, now);
                 }
             } else {
-                runtime_->on_fail(result.id, now);
+                if (runtime_->on_fail(result.id, now).ok()) {
+                    note_copy(trace_kind::fail, result.id, now);
+                }
                 if (!told_copy_[d]) {
                     told_copy_[d] = true;
                     log_.add("%s: a copy failed: such experts run on the CPU", devices_[d]->port.name().c_str());
@@ -261,11 +282,16 @@ bool hybrid_dispatch::plan(const float * scores) {
                                         book_.layer(layer_ + distance).layout.n_expert == book_.max_experts();
         event.lookahead[distance - 1] = same ? routers_.scores(distance) : nullptr;
     }
-    const status done = runtime_->on_layer(event, clock_.now_us(), decision_);
+    const double now_us = clock_.now_us();
+    const status done   = runtime_->on_layer(event, now_us, decision_);
     if (!done.ok()) {
         log_.add("%s: all experts on the CPU from here on", done.message());
         phase_ = phase::off;
         return false;
+    }
+    if (is_recording()) {
+        recorder_->add_layer(event, book_.max_experts(), now_us, true);
+        recorder_->add_transfers(*decision_);
     }
     return true;
 }
@@ -383,6 +409,12 @@ void hybrid_dispatch::share_out() {
 const uint8_t * hybrid_dispatch::route(int32_t * ids, const float * weights, const float * scores) {
     std::lock_guard<std::mutex> lock(mutex_);
     try {
+        if (phase_ == phase::learning) { // only to be recorded
+            pairs_.ids     = ids;
+            pairs_.weights = weights;
+            note_unplanned(scores);
+            return nullptr;
+        }
         route_begin_us_ = clock_.now_us();
         gap_us_         = last_end_us_ == 0.0 ? 0.0 : 0.9 * gap_us_ + 0.1 * (route_begin_us_ - last_end_us_);
         pairs_.ids      = ids;
@@ -391,6 +423,7 @@ const uint8_t * hybrid_dispatch::route(int32_t * ids, const float * weights, con
             trace_.replace(layer_, ids, pairs_.n_tokens, pairs_.top_k, static_cast<int32_t>(n_expert_));
         }
         if (phase_ != phase::ready || !plan(scores)) {
+            note_unplanned(scores);
             return nullptr;
         }
         share_out();
@@ -445,6 +478,7 @@ void hybrid_dispatch::finish() {
     }
     const double end_us = clock_.now_us();
     find_rest();
+    note_step(wait_begin_us, end_us);
     observe_step(wait_begin_us, end_us);
 }
 
@@ -530,6 +564,10 @@ const float * hybrid_dispatch::row(int64_t token, int32_t k) const {
 }
 
 void hybrid_dispatch::end_block() {
+    if (phase_ == phase::learning) {
+        note_block_end();
+        return;
+    }
     last_end_us_ = clock_.now_us();
     if (phase_ == phase::ready) {
         pass_us_ += last_end_us_ - route_begin_us_;
@@ -538,6 +576,7 @@ void hybrid_dispatch::end_block() {
         std::lock_guard<std::mutex> lock(mutex_);
         runtime_->on_layer_done();
     }
+    note_block_end();
 }
 
 // ---------------------------------------------------------------------------------------------------------------

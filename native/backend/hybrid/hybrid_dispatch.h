@@ -15,6 +15,7 @@
 #include "hybrid/route_trace.h"
 #include "kernel_executor.h"
 #include "settings.h"
+#include "trace_recorder.h"
 
 #include <memory>
 #include <mutex>
@@ -41,8 +42,8 @@ public:
     // looks after memory and guard between two tokens. True when route() must be called for this block.
     bool prepare(const moe_block & block, const described_block & described, bool exact);
 
-    // The step's x, [n_embd, n_tokens], and whether the router reads the same; before route().
-    void set_input(const float * x, size_t x_token_bytes, bool is_gate_input);
+    // The step's x, [n_embd, n_tokens], whether the router reads the same, and where else it is; before route().
+    void set_input(const float * x, size_t x_token_bytes, bool is_gate_input, const device_rows & there);
     const uint8_t * route(int32_t * ids, const float * weights, const float * scores) override;
     bool wants_scores() const override;
     void look_ahead(int thread, int n_threads) override;
@@ -68,6 +69,13 @@ public:
     std::string describe_state() const;
     // device[e] of the layer: the accelerator that holds expert e, or -1. False for an unknown layer.
     bool residency(int llama_layer, std::vector<int32_t> & device) const;
+
+    // The block at hand is only recorded: every expert is the CPU's.
+    bool only_records() const { return phase_ != phase::ready && !trace_.is_active(); }
+    // The recording; see instance_view.
+    int64_t read_trace(uint8_t * out, size_t size) const;
+    bool stop_trace() const;
+    std::string describe_trace() const;
 
 private:
     enum class phase { learning, ready, off };
@@ -97,6 +105,15 @@ private:
     std::vector<int> current_slots(size_t device) const;
     std::vector<int> static_slots(size_t device) const;
     bool drain(double timeout_us);
+
+    // recording
+    bool is_recording() const { return recorder_ != nullptr && recorder_->is_on(); }
+    void note(trace_kind kind, int layer = 0, int a = 0, int b = 0, int c = 0);
+    void note_copy(trace_kind kind, int64_t id, double now_us);
+    void note_costs();
+    void note_unplanned(const float * scores);
+    void note_step(double wait_begin_us, double end_us);
+    void note_block_end();
 
     // in a step
     void take_results();
@@ -159,6 +176,10 @@ private:
     int64_t n_passes_ = 0, n_looks_ = 0;
     std::vector<bool> told_memory_, told_copy_; // per device: said once
     std::vector<bool> is_suspended_;            // per device: a copy got stuck
+
+    std::unique_ptr<trace_recorder> recorder_; // null: nothing is recorded
+    std::string recorded_costs_;               // those the runtime was made with
+    double unplanned_us_ = 0.0;                // when a block that was not planned was routed
 
     mutable std::mutex mutex_; // runtime_ and what describe_state reads
 };

@@ -270,6 +270,9 @@ void hybrid_dispatch::set_up() {
         steps_.clear();
         return;
     }
+    if (is_recording()) {
+        recorded_costs_ = describe_costs(costs_);
+    }
     if (config_.pin_experts) {
         pin_experts();
     }
@@ -328,6 +331,7 @@ void hybrid_dispatch::fill_caches() {
             for (int i = 0; i < set.n_slots() && at < order.size(); i++, at++) {
                 load_result loaded;
                 if (runtime_->cache().begin_load(layer, order[at], static_cast<int>(d), false, loaded).ok()) {
+                    note(trace_kind::load, layer, order[at], static_cast<int>(d));
                     copy_now(static_cast<int>(d), layer, order[at], loaded.slot, true);
                 }
             }
@@ -364,11 +368,13 @@ void hybrid_dispatch::settle_fills() {
             if (result.id > -2) {
                 continue;
             }
-            const int key = key_of_fill(result.id);
-            if (result.ok) {
-                runtime_->cache().complete_load(shape.layer_of(key), shape.expert_of(key));
-            } else {
-                runtime_->cache().fail_load(shape.layer_of(key), shape.expert_of(key));
+            const int key    = key_of_fill(result.id);
+            const int layer  = shape.layer_of(key);
+            const int expert = shape.expert_of(key);
+            const status end =
+                result.ok ? runtime_->cache().complete_load(layer, expert) : runtime_->cache().fail_load(layer, expert);
+            if (end.ok()) {
+                note(trace_kind::loaded, layer, expert, result.ok);
             }
         }
     }
@@ -419,6 +425,7 @@ void hybrid_dispatch::relayout(int device, const std::vector<int> & slots) {
     for (int layer = 0; layer < book_.n_layers(); layer++) {
         const int n = slots[static_cast<size_t>(layer)];
         if (n != on.slots[static_cast<size_t>(layer)].n_slots() && runtime_->resize(layer, device, n, moves).ok()) {
+            note(trace_kind::resize, layer, device, n);
             changed.push_back(layer);
             on.slots[static_cast<size_t>(layer)].release(); // all first: there may be no room for both
         }
@@ -429,8 +436,8 @@ void hybrid_dispatch::relayout(int device, const std::vector<int> & slots) {
         while (n > 0 && !set.allocate(on.port, book_.layer(layer).layout, n)) {
             n /= 2;
         }
-        if (n != slots[static_cast<size_t>(layer)]) {
-            runtime_->resize(layer, device, n, moves);
+        if (n != slots[static_cast<size_t>(layer)] && runtime_->resize(layer, device, n, moves).ok()) {
+            note(trace_kind::resize, layer, device, n);
         }
         for (int32_t e = 0; e < book_.layer(layer).layout.n_expert; e++) {
             const hybrimoe::residency at = runtime_->cache().lookup(layer, e);
@@ -452,6 +459,7 @@ void hybrid_dispatch::fill_layers(int device) {
                 runtime_->cache().n_available(layer, device, 1) > 0 &&
                 runtime_->cache().n_slots(layer, device) >= book_.layer(layer).layout.n_expert &&
                 runtime_->cache().begin_load(layer, e, device, false, loaded).ok()) {
+                note(trace_kind::load, layer, e, device);
                 copy_now(device, layer, e, loaded.slot, true);
             }
         }

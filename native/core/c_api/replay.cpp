@@ -69,7 +69,8 @@ status read_layer_event(const hm_event & e, const hm_event_arrays & arrays, cons
                                 static_cast<long long>(arrays.n_lookahead));
         }
         for (int d = 0; d < max_lookahead; ++d) {
-            out.lookahead[d] = arrays.lookahead + e.lookahead_offset + d * shape.n_expert;
+            const bool known = e.c == 0 || (e.c >> d & 1) != 0;
+            out.lookahead[d] = known ? arrays.lookahead + e.lookahead_offset + d * shape.n_expert : nullptr;
         }
     }
     return {};
@@ -105,6 +106,12 @@ status replay_event(hm_runtime & handle, const hm_event & e, const hm_event_arra
     case HM_EVENT_LAYER_DONE:
         rt.on_layer_done();
         return {};
+    case HM_EVENT_LOAD: {
+        load_result ignored;
+        return rt.cache().begin_load(e.layer, e.a, e.b, false, ignored);
+    }
+    case HM_EVENT_LOADED:
+        return e.b != 0 ? rt.cache().complete_load(e.layer, e.a) : rt.cache().fail_load(e.layer, e.a);
     default:
         return status::fail(error_code::invalid_argument, "event type %d is outside 0..%d", e.type,
                             HM_N_EVENT_TYPES - 1);

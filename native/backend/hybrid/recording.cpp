@@ -1,0 +1,159 @@
+// hybrid_dispatch: what the recorder is told, and what belongs to a recording beside its records.
+#include "hybrid/cost_source.h"
+#include "hybrid/hybrid_dispatch.h"
+
+#include "nlohmann/json.hpp"
+
+namespace hybrimoe {
+
+namespace {
+
+nlohmann::json counters_of(const runtime & rt) {
+    const runtime_stats & s = rt.stats();
+    const cache_stats & c   = rt.cache().stats();
+    return {{"n_events", s.n_events},
+            {"n_cpu", s.n_cpu},
+            {"n_gpu", s.n_gpu},
+            {"n_hits", s.n_hits},
+            {"n_misses", s.n_misses},
+            {"n_late", s.n_late},
+            {"n_transfers", s.n_transfers},
+            {"bytes", s.bytes},
+            {"n_failed", s.n_failed},
+            {"prefetch_useful_bytes", s.prefetch_useful_bytes},
+            {"prefetch_late_bytes", s.prefetch_late_bytes},
+            {"prefetch_wasted_bytes", s.prefetch_wasted_bytes},
+            {"n_delayed_demands", s.n_delayed_demands},
+            {"stall_us", s.stall_us},
+            {"makespan_us", s.makespan_us},
+            {"n_prefetch_switches", s.n_prefetch_switches},
+            {"prefetch_on", rt.prefetch_on() ? 1 : 0},
+            {"horizon", rt.horizon()},
+            {"decision_hash", s.decision_hash},
+            {"cache",
+             {{"n_queries", c.n_queries},
+              {"n_hits", c.n_hits},
+              {"n_misses", c.n_misses},
+              {"n_late", c.n_late},
+              {"n_loads", c.n_loads},
+              {"n_failed_loads", c.n_failed_loads},
+              {"n_evictions", c.n_evictions},
+              {"n_refused", c.n_refused},
+              {"n_prefetched", c.n_prefetched},
+              {"n_prefetch_used", c.n_prefetch_used},
+              {"n_prefetch_wasted", c.n_prefetch_wasted}}}};
+}
+
+} // namespace
+
+void hybrid_dispatch::note(trace_kind kind, int layer, int a, int b, int c) {
+    if (is_recording()) {
+        recorder_->add(kind, clock_.now_us(), layer, 0, a, b, c);
+    }
+}
+
+void hybrid_dispatch::note_copy(trace_kind kind, int64_t id, double now_us) {
+    if (is_recording()) {
+        recorder_->add(kind, now_us, 0, id);
+    }
+}
+
+void hybrid_dispatch::note_costs() {
+    if (is_recording()) {
+        recorder_->add_costs(describe_costs(costs_), clock_.now_us());
+    }
+}
+
+// A block that the runtime was not asked about: while the layers are learnt, without accelerators, and while one is
+// set aside.
+void hybrid_dispatch::note_unplanned(const float * scores) {
+    if (!is_recording()) {
+        return;
+    }
+    layer_event event;
+    event.layer   = layer_;
+    event.n_rows  = static_cast<int>(pairs_.n_tokens);
+    event.top_k   = pairs_.top_k;
+    event.ids     = pairs_.ids;
+    event.weights = pairs_.weights;
+    event.scores  = n_expert_ == book_.max_experts() ? scores : widened(scores);
+    event.gap_us  = phase_ == phase::learning ? 0.0 : gap_us_;
+    unplanned_us_ = clock_.now_us();
+    recorder_->add_layer(event, book_.max_experts(), unplanned_us_, false);
+}
+
+// A planned block, when the accelerators are done.
+void hybrid_dispatch::note_step(double wait_begin_us, double end_us) {
+    if (!is_recording()) {
+        return;
+    }
+    const bool is_gpu = n_gpu_ > 0;
+    recorder_->add_devices(where_);
+    recorder_->add_measured(layer_, wait_begin_us - route_end_us_, is_gpu ? end_us - route_end_us_ : 0.0,
+                            is_gpu ? end_us - wait_begin_us : 0.0, end_us, true);
+}
+
+void hybrid_dispatch::note_block_end() {
+    if (!is_recording()) {
+        return;
+    }
+    std::lock_guard<std::mutex> lock(mutex_);
+    const double now_us = clock_.now_us();
+    if (routed_) {
+        recorder_->add(trace_kind::layer_done, now_us, layer_);
+    } else {
+        recorder_->add_measured(layer_, now_us - unplanned_us_, 0.0, 0.0, now_us, false);
+    }
+    // Which layer is the last one is known once all have been seen.
+    if (phase_ != phase::learning && layer_ == book_.n_layers() - 1) {
+        recorder_->commit();
+    }
+}
+
+int64_t hybrid_dispatch::read_trace(uint8_t * out, size_t size) const {
+    return recorder_ == nullptr ? -1 : recorder_->pop(out, size);
+}
+
+bool hybrid_dispatch::stop_trace() const {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (recorder_ == nullptr) {
+        return false;
+    }
+    recorder_->stop();
+    return true;
+}
+
+std::string hybrid_dispatch::describe_trace() const {
+    std::lock_guard<std::mutex> lock(mutex_);
+    nlohmann::json out;
+    out["is_set_up"] = phase_ != phase::learning;
+    out["layers"]    = nlohmann::json::array();
+    for (int layer = 0; layer < book_.n_layers(); layer++) {
+        out["layers"].push_back(book_.layer(layer).llama_layer);
+    }
+    out["run"]      = nullptr;
+    out["counters"] = nullptr;
+    if (recorder_ != nullptr) {
+        out["n_passes"]            = recorder_->n_passes();
+        out["n_dropped"]           = recorder_->n_dropped();
+        out["us_per_decode_pass"]  = recorder_->us_per_decode_pass();
+        out["us_per_prefill_pass"] = recorder_->us_per_prefill_pass();
+    }
+    if (runtime_ != nullptr && !recorded_costs_.empty()) {
+        const runtime_config defaults{};
+        out["run"]      = {{"n_slots", wanted_slots_},
+                           {"eviction", config_.cache_policy},
+                           {"admission", config_.admission},
+                           {"schedule", config_.schedule},
+                           {"prefetch", config_.prefetch},
+                           {"pooled", false},
+                           {"max_window_layers", defaults.max_window_layers},
+                           {"pay_back", defaults.pay_back},
+                           {"preload", defaults.preload},
+                           {"costs", nlohmann::json::parse(recorded_costs_)}};
+        out["counters"] = counters_of(*runtime_);
+    }
+    return out.dump();
+}
+
+} // namespace hybrimoe
