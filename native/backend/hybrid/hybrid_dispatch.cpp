@@ -31,9 +31,13 @@ hybrid_dispatch::hybrid_dispatch(const settings & config, std::shared_ptr<counte
 }
 
 hybrid_dispatch::~hybrid_dispatch() {
-    if (runtime_ == nullptr || config_.state_path.empty()) {
-        return;
+    if (runtime_ != nullptr && !config_.state_path.empty()) {
+        save_state();
     }
+    devices_.clear(); // their workers may still run a stage of steps_
+}
+
+void hybrid_dispatch::save_state() {
     drain(copy_patience_us);
     std::vector<std::vector<int32_t>> resident(static_cast<size_t>(book_.n_layers()));
     for (int layer = 0; layer < book_.n_layers(); layer++) {

@@ -95,6 +95,7 @@ private:
     void copy_now(int device, int layer, int expert, int slot, bool is_load);
     void settle_fills();
     void announce() const;
+    void save_state();
 
     // between tokens
     void on_pass_end();
