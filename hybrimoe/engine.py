@@ -30,6 +30,7 @@ from hybrimoe.llama_seam import Loader, LoadSettings
 from hybrimoe.native.backend_modules import backend_module_paths, device_names, load_backend_modules
 from hybrimoe.native.plugin import LayerCounters, Plugin, ggml_library, load_plugin
 from hybrimoe.placement import Placement, buffer_types
+from hybrimoe.trace.live import LiveRecorder, check_target, ring_bytes
 
 # (ggml type, bytes per element) of the KV cache types that llama.cpp accepts (`kv_cache_types` in common/arg.cpp).
 KV_TYPES: Mapping[str, tuple[int, float]] = {
@@ -55,7 +56,8 @@ class EngineOptions:
 
     `n_ctx` 0: the context the model was trained with. Threads None: one per physical core; 0 or less: one per hardware
     thread; `n_threads_batch` None: as `n_threads`. `n_gpu_layers` below 0: all layers (without their experts).
-    `backends` are modules of ggml backends to load first; None: those that HYBRIMOE_BACKENDS names.
+    `backends` are modules of ggml backends to load first; None: those that HYBRIMOE_BACKENDS names. `trace` is a file
+    that routing and decisions are recorded into (docs/trace-format.md); it must not exist yet.
     """
 
     n_ctx: int = 0
@@ -74,6 +76,7 @@ class EngineOptions:
     plugin: bool = True
     experts: ExpertOptions = field(default_factory=ExpertOptions)
     backends: tuple[Path, ...] | None = None
+    trace: Path | None = None
 
     def threads(self) -> tuple[int, int]:
         """(threads for decode, threads for prefill)"""
@@ -117,8 +120,8 @@ class Engine(llama_cpp.Llama):  # type: ignore[misc]
     """A loaded MoE model, ready to answer.
 
     Raises ModelError (missing, damaged, unsupported, no experts), UsageError (impossible options), DoesNotFitError and
-    PluginError. `progress` is called with a share from 0 to 1 while weights are loaded. Close it, or use it as a
-    context manager; one thread at a time.
+    PluginError. `progress` is called with a share from 0 to 1 while weights are loaded, `on_trace_failure` from another
+    thread when a recording had to end. Close it, or use it as a context manager; one thread at a time.
     """
 
     def __init__(
@@ -127,14 +130,20 @@ class Engine(llama_cpp.Llama):  # type: ignore[misc]
         options: EngineOptions | None = None,
         *,
         progress: Callable[[float], None] | None = None,
+        on_trace_failure: Callable[[str], None] = lambda text: None,
         **llama_arguments: Any,
     ) -> None:
+        self._on_trace_failure = on_trace_failure
         # Llama.__del__ closes what __init__ made, however far it came.
         self._stack = contextlib.ExitStack()
         self.options = options or EngineOptions()
         self.info: GgufModel = inspect(path).require_moe()
         log = llama_log()
         options = self.options
+        if options.trace is not None:
+            if not options.plugin:
+                raise UsageError("--trace records the plug-in", "without it: hybrimoe trace record")
+            check_target(options.trace)
         load_backend_modules(backend_module_paths() if options.backends is None else options.backends)
         self.plugin: Plugin | None = load_plugin() if options.plugin else None
         if self.plugin is not None:
@@ -143,6 +152,7 @@ class Engine(llama_cpp.Llama):  # type: ignore[misc]
         self.verification: Verification | None = None
         self.n_evaluated = 0
         self._last_event = 0
+        self.recorder: LiveRecorder | None = None
         self.abort_flag = AbortFlag()
         self._sampling: Sampling | None = None
         self._prompt_tail: list[int] = []
@@ -164,11 +174,16 @@ class Engine(llama_cpp.Llama):  # type: ignore[misc]
         self._loader = loader
         try:
             with abort_on_interrupt(self.abort_flag), loader.installed():
-                self._load(str(self.info.path), n_ctx, llama_arguments)
+                try:
+                    self._load(str(self.info.path), n_ctx, llama_arguments)
+                finally:
+                    if self.plugin is not None and options.trace is not None:
+                        self.plugin.configure(trace=0)  # of this instance alone
             if self.n_ctx() > len(self.input_ids):
                 self.input_ids: Any = np.zeros(self.n_ctx(), dtype=np.intc)
             if self.plugin is not None:
                 self.plugin_instance = self.plugin.last_instance()
+                self._start_recording()
             self.abort_flag.install(self.ctx)
             self._chat_formatter = self._make_chat_formatter()
             if self.options.warmup:
@@ -189,7 +204,20 @@ class Engine(llama_cpp.Llama):  # type: ignore[misc]
             experts = replace(experts, n_cpu_layers=placement.n_cpu_moe)
         n_batch = min(self.options.n_batch, self.options.n_ubatch)
         known = [name for name in device_names(ggml_library()) if name != "HybriMoE"]
-        return experts.settings(self.info, n_batch, known)
+        settings = experts.settings(self.info, n_batch, known)
+        if self.options.trace is not None:
+            settings["trace"] = ring_bytes(self.info, n_batch)
+        return settings
+
+    def _start_recording(self) -> None:
+        if self.options.trace is not None and self.plugin is not None:
+            self.recorder = LiveRecorder(
+                self.plugin.trace_ring(self.plugin_instance),
+                self.options.trace,
+                self.info,
+                on_failure=self._on_trace_failure,
+                source={"tool": "hybrimoe --trace", "plug-in": self.plugin.version},
+            )
 
     def _load(self, path: str, n_ctx: int, arguments: dict[str, Any]) -> None:
         n_threads, n_threads_batch = self.options.threads()
@@ -225,9 +253,13 @@ class Engine(llama_cpp.Llama):  # type: ignore[misc]
         if self.plugin is not None:
             self.verify()
             self.plugin.reset_counters(self.plugin_instance)
+        if self.recorder is not None:
+            self.recorder.end_warm_up()
 
     def close(self) -> None:
-        """Free model and context. Further calls do nothing."""
+        """Free model and context, and end the recording. Further calls do nothing."""
+        if getattr(self, "recorder", None) is not None:
+            self.recorder.close()  # type: ignore[union-attr]
         super().close()
 
     def __enter__(self) -> Engine:
@@ -297,6 +329,8 @@ class Engine(llama_cpp.Llama):  # type: ignore[misc]
             raise KeyboardInterrupt from None
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Any:
+        if self.recorder is not None:
+            self.recorder.begin_prompt()
         self._prompt_tail = list(tokens)[-self.last_n_tokens_size :] if self.last_n_tokens_size > 0 else []
         return super().generate(tokens, *args, **kwargs)
 

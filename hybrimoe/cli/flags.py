@@ -372,6 +372,13 @@ OUTPUT_OPTIONS: tuple[Option, ...] = (
         section=OUTPUT,
     ),
     Option(
+        ("--trace",),
+        "Record routing and every decision into this file ('hybrimoe simulate FILE').",
+        metavar="FILE",
+        section=OUTPUT,
+        in_file=False,
+    ),
+    Option(
         ("-v", "--verbose"),
         "llama.cpp's log and tracebacks.",
         False,

@@ -87,6 +87,7 @@ def engine_options(settings: Settings) -> EngineOptions:
         placement=Placement(settings.override_tensor, settings.cpu_moe, settings.n_cpu_moe),
         plugin=settings.plugin,
         experts=expert_options(settings),
+        trace=None if settings.trace is None else Path(settings.trace),
     )
 
 
@@ -138,11 +139,28 @@ def open_engine(settings: Settings, path: Path) -> Iterator[Engine]:
     llama_log().verbose = settings.verbose
     _warn_about_gpu(settings)
     with progress(f"loading {path.name} ({size_text(_total_bytes(path))})") as update:
-        engine = Engine(path, engine_options(settings), progress=update)
-    with engine:
-        warn_unless_verified(engine)
-        show_events(engine)
-        yield engine
+        engine = Engine(path, engine_options(settings), progress=update, on_trace_failure=warn)
+    try:
+        with engine:
+            warn_unless_verified(engine)
+            show_events(engine)
+            yield engine
+    finally:
+        _note_recording(engine)
+
+
+def _note_recording(engine: Engine) -> None:
+    """Says what was recorded, and what to do with it."""
+    recorder = engine.recorder
+    if recorder is None or recorder.failure:
+        return
+    if recorder.n_dropped:
+        warn(f"{recorder.n_dropped} steps are missing in '{recorder.path}': they came faster than they were written")
+    if recorder.n_bytes:
+        note(
+            f"wrote {recorder.path}: {recorder.n_tokens} tokens, {recorder.n_bytes / 1e6:.1f} MB",
+            f"hybrimoe simulate {recorder.path} --plot {recorder.path.stem}.png",
+        )
 
 
 def show_events(engine: Engine) -> None:

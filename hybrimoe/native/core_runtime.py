@@ -50,6 +50,8 @@ class EventType(enum.IntEnum):
     RESIZE = 5
     COSTS = 6
     LAYER_DONE = 7
+    LOAD = 8
+    LOADED = 9
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 from hybrimoe.errors import PluginError
 from hybrimoe.native.locate import installed_library
+from hybrimoe.native.trace_ring import TraceRing
 
 LIBRARY_NAME = "libggml-hybrimoe.so"
 ABI_VERSION = 2
@@ -144,6 +145,10 @@ class Plugin:
             lines.append((number, buffer.value.decode(errors="replace")))
             after = number
         return lines
+
+    def trace_ring(self, instance: int) -> TraceRing:
+        """The recording of `instance`, which must have been made with the setting `trace`."""
+        return TraceRing(self._library, instance)
 
     def reset_counters(self, instance: int) -> None:
         self._library.hybrimoe_reset_counters(instance)

@@ -48,7 +48,9 @@ def pack_head(head: Mapping[str, Any]) -> bytes:
     return MAGIC + _HEAD.pack(VERSION, len(text), zlib.crc32(text)) + text
 
 
-def pack_block(kind: str, values: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
+def pack_block(
+    kind: str, values: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[Any]], level: int = _LEVEL
+) -> bytes:
     """Bytes of a block. Arrays of more than one byte per item are stored byte plane by byte plane, which packs far
     better, then deflated."""
     import numpy as np
@@ -58,7 +60,7 @@ def pack_block(kind: str, values: Mapping[str, Any], arrays: Mapping[str, npt.ND
         data = np.ascontiguousarray(array)
         little = data.astype(data.dtype.newbyteorder("<"), copy=False)
         planes = little.reshape(-1).view(np.uint8).reshape(-1, little.itemsize).T
-        packed = zlib.compress(np.ascontiguousarray(planes).tobytes(), _LEVEL)
+        packed = zlib.compress(np.ascontiguousarray(planes).tobytes(), level)
         described.append([name, little.dtype.str, list(data.shape), len(packed)])
         payload.append(packed)
     text = json.dumps({"kind": kind, **values, "arrays": described}, ensure_ascii=False, separators=(",", ":")).encode()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["COLUMNS", "FIRST_NOTE", "MAX_DEVICES", "EventType", "Note", "event_dtype", "new_events"]
+__all__ = ["COLUMNS", "FIRST_NOTE", "MAX_DEVICES", "EventType", "Note", "StepKind", "event_dtype", "new_events"]
 
 FIRST_NOTE = 64
 MAX_DEVICES = 8
@@ -24,9 +24,19 @@ MAX_DEVICES = 8
 class Note(enum.IntEnum):
     """Records that describe a live run without moving a decision."""
 
-    STEP = 64  # a step of the model begins: n_rows tokens; a: 1 decode, 0 prefill
+    STEP = 64  # a step of the model begins: n_rows tokens; a: StepKind; b: 1 if it is the first of a prompt
     TRANSFER = 65  # a copy is issued: id; layer; a: expert; b: device; c: hm_transfer_kind; n_rows: slot; x: bytes
-    MEASURED = 66  # a layer was computed: x: us on the CPU, y: us on accelerators, z: us waited for copies
+    MEASURED = 66  # a layer was computed: x: us on the CPU, y: us on accelerators, z: us waited; a: 1 not planned
+    ROUTED = 67  # as LAYER, of a layer that the runtime did not plan: the CPU computed it
+    DROPPED = 68  # the recorder had no room for the `a` steps before the next one
+
+
+class StepKind(enum.IntEnum):
+    """What a step is for. A warm-up moves decisions, but its tokens are no tokens of the trace."""
+
+    PREFILL = 0
+    DECODE = 1
+    WARM_UP = 2
 
 
 # Column: type. `n_rows`, `a`, `b`, `c`, `id`, `x`, `y`, `z` mean what the event's kind says.

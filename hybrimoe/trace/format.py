@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Any
 from hybrimoe.errors import from_os_error
 from hybrimoe.trace.blocks import read_blocks, read_head
 from hybrimoe.trace.errors import TraceError
-from hybrimoe.trace.events import COLUMNS, EventType, Note
+from hybrimoe.trace.events import COLUMNS, EventType, Note, StepKind
 
 if TYPE_CHECKING:
     import numpy as np
@@ -304,43 +304,68 @@ def _join_events(
 
 
 def _tokens_of_events(result: TraceFile) -> None:
-    """Routing per token, from LAYER events. A layer with fewer rows than its step (the last one of a prompt computes
-    only the tokens whose logits were asked for) belongs to the step's last tokens."""
+    """Routing per token, from LAYER and ROUTED events. A layer with fewer rows than its step (the last one of a prompt
+    computes only the tokens whose logits were asked for) belongs to the step's last tokens. Steps of the warm-up are
+    left out."""
     import numpy as np
 
     m, events = result.model, result.events
     assert events is not None
-    ids = result.event_arrays["ids"].astype(np.int32)
-    steps: list[tuple[int, int, int]] = []  # rows, prompt, decode (-1: unknown)
-    layers: list[tuple[int, int, int, int]] = []  # step, layer, rows, offset
-    prompt, last_layer = 0, 1 << 30
-    said: tuple[int, int] | None = None
-    for kind, layer, rows, a, offset in zip(
-        *(events[n].tolist() for n in ("type", "layer", "n_rows", "a", "offset")), strict=True
-    ):
-        if kind == EventType.PROMPT:
-            prompt += bool(steps)
-        elif kind == Note.STEP:
-            said = (rows, a)
-        elif kind == EventType.LAYER:
-            if said is not None or layer <= last_layer or not steps:
-                steps.append((said[0] if said else rows, prompt, said[1] if said else -1))
-                said = None
-            last_layer = layer
-            layers.append((len(steps) - 1, layer, rows, offset))
+    steps, layers = _steps_of_events(events)
+    if not steps:
+        return
     firsts = np.concatenate([[0], np.cumsum([s[0] for s in steps], dtype=np.int64)]).astype(np.int64)
     experts = np.full((int(firsts[-1]), m.n_layers, m.top_k), -1, np.int32)
-    for step, layer, rows, offset in layers:
+    arrays = result.event_arrays
+    ids = arrays["ids"].astype(np.int32)
+    weights = np.zeros(experts.shape, np.float32) if len(arrays.get("weights", ())) == len(ids) else None
+    has_scores = "scores" in arrays and all(at >= 0 for *_, at in layers)
+    scores = np.zeros((*experts.shape[:2], m.n_expert), np.float32) if has_scores else None
+    for step, layer, rows, offset, scores_offset in layers:
         last = int(firsts[step + 1])
-        here = ids[offset : offset + rows * m.top_k]
-        if layer >= m.n_layers or rows > steps[step][0] or len(here) < rows * m.top_k or here.max() >= m.n_expert:
+        n = rows * m.top_k
+        here = ids[offset : offset + n]
+        if layer >= m.n_layers or rows > steps[step][0] or len(here) < n or here.max() >= m.n_expert:
             raise TraceError(
                 f"the trace '{result.path.name}': impossible layer event in step {step}: layer {layer}, {rows} rows",
                 "record it again",
             )
         experts[last - rows : last, layer] = here.reshape(rows, m.top_k)
-    result.experts = experts
+        if weights is not None:
+            weights[last - rows : last, layer] = arrays["weights"][offset : offset + n].reshape(rows, m.top_k)
+        if scores is not None:
+            values = arrays["scores"][scores_offset : scores_offset + rows * m.n_expert]
+            scores[last - rows : last, layer] = values.reshape(rows, m.n_expert)
     n_rows = [s[0] for s in steps]
+    result.experts, result.weights, result.scores = experts, weights, scores
     result.prompt_offsets = offsets_of(np.repeat([s[1] for s in steps], n_rows))
-    if steps and min(s[2] for s in steps) >= 0:
+    if min(s[2] for s in steps) >= 0:
         result.is_decode = np.repeat(np.array([s[2] for s in steps], np.uint8), n_rows)
+
+
+def _steps_of_events(
+    events: npt.NDArray[Any],
+) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int, int, int]]]:
+    """(rows, prompt, decode or -1) of each step, and (step, layer, rows, offset, scores_offset) of each layer."""
+    steps: list[tuple[int, int, int]] = []
+    layers: list[tuple[int, int, int, int, int]] = []
+    # A recorder that knows where prompts begin says so in its steps; PROMPT is when the policies were told.
+    in_steps = bool(((events["type"] == Note.STEP) & (events["b"] != 0)).any())
+    prompt, last_layer = 0, 1 << 30
+    said: tuple[int, int] | None = None
+    skip = False
+    columns = (events[n].tolist() for n in ("type", "layer", "n_rows", "a", "b", "offset", "scores_offset"))
+    for kind, layer, rows, a, b, offset, scores_offset in zip(*columns, strict=True):
+        if kind == EventType.PROMPT and not in_steps:
+            prompt += bool(steps)
+        elif kind == Note.STEP:
+            skip = a == StepKind.WARM_UP
+            said = None if skip else (rows, a)
+            prompt += bool(steps) and in_steps and b != 0
+        elif kind in (EventType.LAYER, Note.ROUTED) and not skip:
+            if said is not None or layer <= last_layer or not steps:
+                steps.append((said[0] if said else rows, prompt, said[1] if said else -1))
+                said = None
+            last_layer = layer
+            layers.append((len(steps) - 1, layer, rows, offset, scores_offset))
+    return steps, layers

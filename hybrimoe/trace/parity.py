@@ -15,7 +15,7 @@ from hybrimoe.native import core_abi as abi
 from hybrimoe.native.core import Costs, Policy
 from hybrimoe.native.core_runtime import EventLog, EventType, Runtime
 from hybrimoe.trace.errors import TraceError
-from hybrimoe.trace.events import FIRST_NOTE, Note
+from hybrimoe.trace.events import FIRST_NOTE, Note, StepKind
 
 if TYPE_CHECKING:
     from hybrimoe.trace.format import TraceFile
@@ -126,18 +126,34 @@ def make_runtime(trace: TraceFile) -> Runtime:
         ) from error
 
 
+def _n_unplanned(trace: TraceFile) -> int:
+    """Tokens of steps whose first layer was not planned."""
+    assert trace.events is not None
+    routed = trace.events[(trace.events["type"] == Note.ROUTED) & (trace.events["layer"] == 0)]
+    return int(routed["n_rows"].sum())
+
+
 def replay_recorded(trace: TraceFile) -> Parity:
     """Replays a live recording and compares. Raises CoreError naming the event that does not fit."""
     runtime = make_runtime(trace)
+    assert trace.events is not None
+    n_lost = int(trace.events["a"][trace.events["type"] == Note.DROPPED].sum())
+    n_lost = max(n_lost, int((trace.counters or {}).get("n_passes_dropped", 0)))
+    if n_lost:
+        raise TraceError(
+            f"the trace '{trace.path.name}' cannot be replayed: it lacks {n_lost} steps for which there was no room",
+            "record again with a smaller -ub; its routing can still be simulated without --recorded",
+        )
     log = RecordedLog(trace)
     n_done = runtime.replay(log, [Costs.from_calibration(costs) for costs in trace.costs])
     ours = {**runtime.stats(), "cache": runtime.cache_stats()}
     engine = trace.counters
     different = tuple(name for name in ours if engine is not None and name in engine and engine[name] != ours[name])
-    assert trace.events is not None
-    measured = trace.events[trace.events["type"] == Note.MEASURED]
+    measured = trace.events[(trace.events["type"] == Note.MEASURED) & (trace.events["a"] == 0)]
     layers = trace.events[trace.events["type"] == EventType.LAYER]
-    n = max(1, trace.n_tokens)
+    warm_up = trace.events[(trace.events["type"] == Note.STEP) & (trace.events["a"] == StepKind.WARM_UP)]
+    # Steps of the warm-up are planned and measured as well, but for the one that learns the layers.
+    n = max(1, trace.n_tokens + int(warm_up["n_rows"].sum()) - _n_unplanned(trace))
     gaps_us = float(layers["gap_us"].sum())
     simulated_ms = (float(ours["makespan_us"]) + gaps_us) / n / 1e3
     measured_ms: float | None = None

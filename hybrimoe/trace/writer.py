@@ -36,6 +36,7 @@ class TraceWriter:
         source: where the trace comes from, for people: tool, version, command, file, licence.
         run: how the recording engine was configured, for replays: `n_slots`, policies, `costs` (a calibration's cost
             section), as `hybrimoe.trace.parity` reads it.
+        level: how hard to pack, 1 (quick) to 9 (small).
         temporary: write beside `path` and rename when closed, so that nothing half-written is ever seen (imports).
 
     Raises:
@@ -52,7 +53,9 @@ class TraceWriter:
         run: Mapping[str, Any] | None = None,
         temporary: bool = False,
         on_failure: Callable[[str], None] | None = None,
+        level: int = 6,
     ) -> None:
+        self._level = level
         self.path = Path(path)
         self.model = model
         self.failure = ""
@@ -184,7 +187,7 @@ class TraceWriter:
                 arrays[name] = np.asarray(value, dtype=np.float32).reshape(-1)
         if device is not None:
             arrays["device"] = np.asarray(device).reshape(-1).astype("i1")
-        self._put(pack_block("events", {"n": len(events)}, arrays))
+        self._put(pack_block("events", {"n": len(events)}, arrays, self._level))
         self.n_events += 0 if self.failure else len(events)
 
     def append_costs(self, costs: Mapping[str, Any]) -> None:
@@ -201,7 +204,7 @@ class TraceWriter:
         arrays = {name: np.concatenate(parts) for name, parts in self._pending.items()}
         n, self._n_pending = self._n_pending, 0
         self._pending = {name: [] for name in arrays}
-        self._put(pack_block("tokens", {"first": self.n_tokens, "n": n}, arrays))
+        self._put(pack_block("tokens", {"first": self.n_tokens, "n": n}, arrays, self._level))
         self.n_tokens += 0 if self.failure else n
 
     def close(self, counters: Mapping[str, Any] | None = None) -> None:
