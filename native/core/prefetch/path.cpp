@@ -53,7 +53,7 @@ public:
             return false;
         }
         add(distance - 1, now, 1.0F, scores);
-        if (distance == 1 && before_[1].layer == now.layer - 1) {
+        if (distance == 1 && now.layer > 0 && before_[1].layer == now.layer - 1) { // -1: none since the prompt began
             add(1, before_[1], static_cast<float>(second_), scores);
         }
         return true;
