@@ -79,6 +79,7 @@ public:
 
 private:
     enum class phase { learning, ready, off };
+    static constexpr double drain_timeout_us = 5e6;
 
     // setup
     void set_up();
