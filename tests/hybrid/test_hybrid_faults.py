@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hybrid_checks import ask_both, check_used, events, settings_of, total
+from hybrid_checks import PREFILL, ask_both, check_used, events, settings_of, total
 from sides import Side
 
 N_SLOTS = 3
@@ -18,9 +18,10 @@ N_LAYERS = 2  # of the tiny models with experts in every layer
 def check(plain: Side, hybrid: Side, tiny_model: Callable[..., Path]) -> Callable[..., Any]:
     """`check(faults, **changes)`: the logits equal plain llama.cpp's; the plug-in's reply."""
 
-    def run(faults: dict[str, int], decode: int = 12, arch: str = "qwen3moe", **changes: Any) -> Any:
+    def run(faults: dict[str, int], decode: int = 12, prefill: Sequence[int] = PREFILL, **changes: Any) -> Any:
         settings = settings_of(**{"expert_cache": N_SLOTS, "faults": faults, **changes})
-        got, difference = ask_both(plain, hybrid, tiny_model(arch, "Q4_0"), settings, decode=decode)
+        model = tiny_model("qwen3moe", "Q4_0")
+        got, difference = ask_both(plain, hybrid, model, settings, prefill=list(prefill), decode=decode)
         assert difference.is_equal, difference
         return got
 
@@ -70,20 +71,40 @@ def test_failing_copies_of_prefill(check: Callable[..., Any]) -> None:
     assert stats["n_streamed"] > 0 and stats["n_failed"] > 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("at", [1, 9])
 def test_stuck_copy(check: Callable[..., Any], at: int) -> None:
-    """A copy that does not end: after the dispatch's patience (10 s) its experts run on the CPU; it recovers.
+    """A copy that does not end: the dispatch loses patience, its experts run on the CPU, and it recovers.
 
-    `at` counts from the first copy after the caches are filled: a prefill's and a single token's.
+    `at` counts from the first copy after the caches are filled.
     """
-    got = check({"stick_copy": N_SLOTS * N_LAYERS + at, "stick_us": 11_000_000}, decode=400)
+    faults = {"stick_copy": N_SLOTS * N_LAYERS + at, "stick_us": 150_000, "copy_patience_us": 50_000}
+    got = check(faults, prefill=[3], decode=900)
     (stuck,) = events(got, "did not end")
     (again,) = events(got, "copies again")
     assert got.facts["events"].index(stuck) < got.facts["events"].index(again)
     assert "its experts run on the CPU" in stuck
     check_used(got)
     assert not got.facts["state"]["devices"][0]["suspended"]
+
+
+def test_memory_that_others_take(check: Callable[..., Any]) -> None:
+    """The cache shrinks while others use the device's memory, grows when it is free again, and says why."""
+    whole = check({}, expert_cache=16, decode=3)
+    wanted = whole.facts["state"]["devices"][0]["cache_bytes"]
+    # At the second and the third look (one in 64 passes) nothing is free: each gives back what the margin lacks.
+    faults = {"free_bytes": 1 << 30, "scarce_from": 2, "scarce_until": 4, "scarce_bytes": 0}
+    options = {"expert_cache": "auto", "fit_margin_bytes": int(wanted / 4), "prefill": [3]}
+    small = check(faults, decode=64 * 3 + 10, **options)
+    (device,) = small.facts["state"]["devices"]
+    assert device["n_slots"] == [8, 8]
+    assert device["cache_bytes"] == wanted / 2
+    check_used(small)
+    large = check(faults, decode=64 * 5 + 10, **options)
+    (device,) = large.facts["state"]["devices"]
+    assert device["n_slots"] == [11, 11]  # 70 % of 16
+    changes = [line.split("expert cache ")[1] for line in events(large, "GiB are kept")]
+    assert [change.split(" % ->")[0] for change in changes] == ["100", "75", "50", "60"]
+    check_used(large)
 
 
 def memory_warnings(reply: Any) -> list[str]:
@@ -100,7 +121,7 @@ def test_out_of_memory_at_every_allocation(check: Callable[..., Any]) -> None:
         warnings = memory_warnings(got)
         if not warnings:
             break
-        assert len(set(warnings)) == len(warnings) <= 2, warnings
+        assert len(set(warnings)) == len(warnings) <= 3, warnings  # slots, scratch slots, a prompt's work memory
     assert n >= 6, "decode's work memory, two layers' slots, scratch slots and a prompt's work memory at least"
     assert n_gpu[:2] == [0, 0]  # no work memory; no slots
     assert all(0 < some <= n_gpu[-1] for some in n_gpu[2:])
