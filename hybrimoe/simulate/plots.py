@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,7 @@ def figures(rows: Sequence[Row], points: Sequence[Point], trace: TraceFile) -> l
     found = [("Hit rate over cache size", _over_size(rows, "hit_rate", "hit rate, %", 100.0))]
     if any(r.mode == "clock" for r in rows):
         timed = [r for r in rows if r.mode == "clock"]
-        found.append(("Simulated speed over cache size", _over_size(timed, "tokens_per_s", "tokens per second", 1.0)))
+        found.append(("Simulated speed over cache size", _over_size(timed, "tokens_per_s", "tokens per second (simulated)", 1.0)))
     middle = sorted({r.n_slots for r in rows if r.n_slots})
     if not middle:
         return found
@@ -62,11 +63,12 @@ def figures(rows: Sequence[Row], points: Sequence[Point], trace: TraceFile) -> l
         token, layer, bars = layer_timeline(point, trace)
         if bars:
             what = f"{point.policy}, {point.schedule}, {n_slots} slots, {point.machine}; token {token}, layer {layer}"
-            found.append((f"One layer's timeline ({what})", _timeline(bars)))
+            found.append((f"One layer's timeline ({what})", _timeline(bars, what)))
     real = [r for r, _ in pairs if not describe(Kind.EVICTION, Policy.parse(r.policy).name).oracle]
     if real:
         best = max(real, key=lambda r: r.hit_rate)
-        found.append((f"Residency ({best.policy}, {n_slots} slots)", _heat_map(residency(best.policy, n_slots, trace))))
+        what = f"{best.policy}, {n_slots} of {trace.model.n_expert} slots per layer"
+        found.append((f"Residency ({what})", _heat_map(residency(best.policy, n_slots, trace), what)))
     return found
 
 
@@ -86,20 +88,25 @@ def _over_size(rows: Sequence[Row], name: str, label: str, factor: float) -> Fig
         lines.setdefault(", ".join(parts), []).append(row)
     for title, line in lines.items():
         line.sort(key=lambda r: r.n_slots)
-        style = "--" if line[0].policy.startswith("belady") else "-"
+        is_oracle = describe(Kind.EVICTION, Policy.parse(line[0].policy).name).oracle
+        style = "--" if is_oracle else "-"
+        title = f"{title} (knows the future: the optimum)" if is_oracle else title
         values = [factor * (getattr(r, name) or 0.0) for r in line]
         axes.plot([r.n_slots for r in line], values, style, marker="o", markersize=3.5, label=title)
     axes.set_xlabel(f"slots per layer, of {round(rows[-1].n_slots / max(1e-9, rows[-1].cache_fraction))} experts")
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
-    axes.set_title(f"{rows[0].model}, {rows[0].n_tokens} tokens")
+    axes.set_xticks(sorted({r.n_slots for r in rows}))
+    sentence = textwrap.fill(advice(rows), 100)
+    axes.set_title(f"{rows[0].model}, {rows[0].n_tokens} tokens\n{sentence}".rstrip(), fontsize=10)
     axes.legend(fontsize=8, loc="best", ncols=1 if len(lines) < 9 else 2)
     return figure
 
 
-def _timeline(bars: Sequence[Any]) -> Figure:
-    figure = _figure(8, 2.4)
+def _timeline(bars: Sequence[Any], what: str) -> Figure:
+    figure = _figure(8, 2.6)
     axes = figure.add_subplot()
+    axes.set_title(f"Who computes which expert when: {what}", fontsize=9)
     lanes = sorted({bar.lane for bar in bars})
     for bar in bars:
         at = lanes.index(bar.lane)
@@ -111,13 +118,14 @@ def _timeline(bars: Sequence[Any]) -> Figure:
     return figure
 
 
-def _heat_map(shares: Any) -> Figure:
+def _heat_map(shares: Any, what: str) -> Figure:
     figure = _figure(8, max(2.5, 0.12 * len(shares) + 1))
     axes = figure.add_subplot()
     image = axes.imshow(shares, aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
     axes.set_xlabel("expert")
     axes.set_ylabel("MoE layer")
-    figure.colorbar(image, ax=axes, label="share of tokens resident")
+    axes.set_title(f"Which experts stay in the cache: {what}", fontsize=10)
+    figure.colorbar(image, ax=axes, label="share of the tokens that found it there")
     return figure
 
 
