@@ -51,7 +51,9 @@ def figures(rows: Sequence[Row], points: Sequence[Point], trace: TraceFile) -> l
     found = [("Hit rate over cache size", _over_size(rows, "hit_rate", "hit rate, %", 100.0))]
     if any(r.mode == "clock" for r in rows):
         timed = [r for r in rows if r.mode == "clock"]
-        found.append(("Simulated speed over cache size", _over_size(timed, "tokens_per_s", "tokens per second (simulated)", 1.0)))
+        found.append(
+            ("Simulated speed over cache size", _over_size(timed, "tokens_per_s", "tokens per second (simulated)", 1.0))
+        )
     middle = sorted({r.n_slots for r in rows if r.n_slots})
     if not middle:
         return found
