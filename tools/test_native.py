@@ -8,9 +8,15 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "native" / "cmake"))
+from fetch_ggml_headers import cache_root, fail, get_sdist, read_release  # noqa: E402
+
+SOURCE = "vendor/llama.cpp/ggml/"
 SANITIZERS = {"": "", "address": "address,undefined", "thread": "thread"}
 
 
@@ -20,8 +26,33 @@ def tool(name: str) -> str:
     return str(beside) if beside.exists() else shutil.which(name) or name
 
 
-def run_native_tests(sanitize: str = "", jobs: int | None = None) -> int:
-    """Configure, build and run the native tests; returns ctest's exit status."""
+def ggml_source() -> Path:
+    """The source of the pinned release's ggml, unpacked once into the user's cache: to be compiled with sanitizers."""
+    version, sha256 = read_release()
+    folder = cache_root() / f"source-{version}-{sha256[:12]}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        sdist = get_sdist(version, sha256, Path(scratch))
+        made = Path(scratch) / "ggml"
+        with tarfile.open(sdist) as archive:
+            for member in archive:
+                below = member.name.partition("/")[2]
+                file = archive.extractfile(member) if member.isfile() and below.startswith(SOURCE) else None
+                if file is None or ".." in Path(below).parts:
+                    continue
+                path = made / below[len(SOURCE) :]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(file.read())
+        if not (made / "CMakeLists.txt").is_file():
+            fail("the sdist does not hold ggml where it is expected", "this is a bug in HybriMoE; please report it")
+        made.rename(folder)
+    return folder
+
+
+def run_native_tests(sanitize: str = "", jobs: int | None = None, label: str = "") -> int:
+    """Configure, build and run the native tests, or those with a label; returns ctest's exit status."""
     build = ROOT / "build" / ("native" if not sanitize else f"native-{sanitize}")
     jobs = jobs or os.cpu_count() or 2
     configure = [
@@ -39,22 +70,29 @@ def run_native_tests(sanitize: str = "", jobs: int | None = None) -> int:
     llama_cpp = importlib.util.find_spec("llama_cpp")
     if llama_cpp is not None and llama_cpp.origin is not None and not sanitize:  # compare the kernels with ggml's own
         configure.append(f"-DHYBRIMOE_GGML_LIB_DIR={Path(llama_cpp.origin).parent / 'lib'}")
-    for command in (configure, [tool("cmake"), "--build", str(build), "-j", str(jobs)]):
+    if sanitize:
+        configure.append(f"-DHYBRIMOE_GGML_SOURCE={ggml_source()}")
+    make = [tool("cmake"), "--build", str(build), "-j", str(jobs)]
+    if label == "accelerator":
+        make += ["--target", "accelerator_tests"]
+    for command in (configure, make):
         result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if result.returncode != 0:
             sys.stderr.write(result.stdout[-8000:])
             return result.returncode
-    return subprocess.run(
-        [tool("ctest"), "--test-dir", str(build), "--output-on-failure", "--no-tests=error", "-j", str(jobs)]
-    ).returncode
+    test = [tool("ctest"), "--test-dir", str(build), "--output-on-failure", "--no-tests=error", "-j", str(jobs)]
+    return subprocess.run([*test, *(["-L", label] if label else [])]).returncode
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sanitize", choices=SANITIZERS, default="", help="build with these sanitizers")
+    parser.add_argument(
+        "--only", choices=("", "accelerator"), default="", help="build and run this part alone (default: all)"
+    )
     parser.add_argument("--jobs", type=int, help="parallel jobs (default: all processors)")
     options = parser.parse_args()
-    raise SystemExit(run_native_tests(options.sanitize, options.jobs))
+    raise SystemExit(run_native_tests(options.sanitize, options.jobs, options.only))
 
 
 if __name__ == "__main__":
