@@ -192,6 +192,8 @@ class Settings:
             value, source = self.values[option.name], self.sources[option.name]
             if value is None:
                 lines.append(f"# {option.key}: {option.unset} ({source})")
+            elif not option.in_file:
+                lines.append(f"# {option.key}: {_toml(value)} ({source})")
             else:
                 lines.append(f"{option.key} = {_toml(value)}  # {source}")
         return "\n".join(lines)
