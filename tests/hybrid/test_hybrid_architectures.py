@@ -46,7 +46,8 @@ def test_widened(
     source = model_file(architecture_models, arch)
     path = widen(source, tmp_path / f"{arch}.gguf", n_experts=N_EXPERTS, top_k=top_k, type_name=kind)
     for n_slots in sorted({1, top_k, N_EXPERTS // 2, N_EXPERTS}):
-        check(plain, hybrid, path, n_slots, N_EXPERTS)
+        # Top-1 routers of random weights may be content with the experts that happen to be cached.
+        check(plain, hybrid, path, n_slots, N_EXPERTS, evictions=n_slots < N_EXPERTS and top_k > 1)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -105,7 +105,7 @@ void play(const char * name, const small_model::shape & shape, const std::string
                 const std::vector<float> exact =
                     model.forward(layer, x, [&](ggml_cgraph * graph) { plain.compute(graph); });
                 const std::vector<float> got = model.forward(
-                    layer, x, [&](ggml_cgraph * graph) { CHECK(ours.compute(graph) == GGML_STATUS_SUCCESS); });
+                    layer, x, [&](ggml_cgraph * graph) { CHECK(ours.compute(graph, {}) == GGML_STATUS_SUCCESS); });
                 is_equal = is_equal && std::memcmp(exact.data(), got.data(), exact.size() * sizeof(float)) == 0;
                 worst    = std::max(worst, nmse_of(exact, got));
                 x        = exact;
