@@ -49,7 +49,8 @@ def test_schedule(check: Callable[..., Any], name: str) -> None:
     if name == "static":  # every layer on the CPU unless its parameter says otherwise
         assert total(got, "n_experts_gpu") == 0
     elif name == "cpu-only":  # misses are: nothing waits for a copy
-        assert total(got, "n_experts_gpu") == total(got, "n_hits") > 0
+        n_hits, n_late = total(got, "n_hits"), total(got, "n_late")  # late ones may be waited for
+        assert 0 < n_hits <= total(got, "n_experts_gpu") <= n_hits + n_late
         assert stats["n_demanded"] == stats["n_streamed"] == 0
     else:
         check_used(got)
