@@ -152,10 +152,10 @@ def test_failing_and_slow_copies(forward: Callable[..., Any], tiny_model: Callab
 
 
 def test_no_memory(forward: Callable[..., Any], tiny_model: Callable[..., Path]) -> None:
-    """Slots for one layer only, then none at all for a prompt's work."""
+    """No work memory at all, slots for one layer only, no slots to stream a prompt's experts through."""
     model = tiny_model("mixtral", "Q8_0")
     reference = forward(model, None)
-    for n in (1, 3, 5):
+    for n in (1, 3, 4):
         got = forward(model, settings_of(expert_cache=3, faults={"fail_alloc_from": n}))
         assert nmse(reference, got) <= 5e-4
         assert [line for line in got["events"] if "memory" in line]
