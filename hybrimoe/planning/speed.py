@@ -2,7 +2,7 @@
 
 One token, and one batch of a prompt, are planned layer by layer as the engine would. What no header tells is how often
 a slot holds the expert that is asked for. Bounds: with uniform routing a cache holding the share f of the experts hits
-f of the queries; skewed routing is taken as 1 - (1 - f)^2, near what HybriMoE's sec. IV-D reports (25 % cached: 36-53 %,
+f of the queries; skewed routing is taken as 1 - (1 - f)^2, near what HybriMoE sec. IV-D reports (25 % cached: 36-53 %,
 75 %: 83 % of the queries hit). The expectation is the middle of both.
 """
 
