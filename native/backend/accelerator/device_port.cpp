@@ -87,21 +87,23 @@ bool device_port::register_host(void * data, size_t n_bytes) {
     if (call == nullptr || !call(data, n_bytes)) {
         return false;
     }
-    registered_[static_cast<const char *>(data)] = n_bytes;
+    registered_[static_cast<char *>(data)] = n_bytes;
     return true;
 }
 
-void device_port::unregister_host(void * data) {
+device_port::~device_port() {
     using unregister_function = void (*)(void *);
     const auto call           = find_function<unregister_function>(device_, "ggml_backend_unregister_host_buffer");
-    if (call != nullptr && registered_.erase(static_cast<const char *>(data)) != 0) {
-        call(data);
+    for (const auto & range : registered_) {
+        if (call != nullptr) {
+            call(range.first);
+        }
     }
 }
 
 bool device_port::is_registered(const void * data, size_t n_bytes) const {
     const char * begin = static_cast<const char *>(data);
-    const auto after   = registered_.upper_bound(begin);
+    const auto after   = registered_.upper_bound(const_cast<char *>(begin));
     if (after == registered_.begin()) {
         return false;
     }

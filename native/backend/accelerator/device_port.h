@@ -35,6 +35,9 @@ class device_port {
 public:
     // Throws std::runtime_error when the device cannot be started.
     device_port(ggml_backend_dev_t device, int index, const settings & config);
+    ~device_port();
+    device_port(const device_port &)             = delete;
+    device_port & operator=(const device_port &) = delete;
 
     int index() const { return index_; }
     const std::string & name() const { return name_; }
@@ -55,9 +58,9 @@ public:
     // Host memory from which copies can run without staging, pinned where the device has such memory; null when there
     // is none at all.
     buffer_ptr allocate_host(size_t n_bytes, bool & pinned);
-    // Makes existing host memory fit for copies without staging; false where the backend cannot.
+    // Makes existing host memory fit for copies without staging, as long as the port lives; false where the backend
+    // cannot.
     bool register_host(void * data, size_t n_bytes);
-    void unregister_host(void * data);
     // Whether the range lies in host memory from which this device copies without staging.
     bool is_registered(const void * data, size_t n_bytes) const;
 
@@ -70,7 +73,7 @@ private:
     size_t alignment_ = 0;
     fault_plan faults_;
     int64_t n_allocations_ = 0;
-    std::map<const char *, size_t> registered_; // begin, size
+    std::map<char *, size_t> registered_; // begin, size
     backend_ptr compute_;
     backend_ptr copies_;
 };

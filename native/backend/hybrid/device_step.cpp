@@ -93,7 +93,7 @@ void device_step::run(int stage) {
         return;
     }
     if (is_decode()) {
-        run_decode_stage();
+        launch_lane(1, true);
         pending_ = false;
     } else {
         run_batch_stage(static_cast<size_t>(stage));
@@ -158,10 +158,6 @@ void device_step::launch_lane(int lane, bool waiting) {
     for (const size_t i : which) {
         items_[i].done = ok && lane_row_[i].first == lane;
     }
-}
-
-void device_step::run_decode_stage() {
-    launch_lane(1, true);
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -268,11 +264,6 @@ void device_step::end_batch() {
 
 // ---------------------------------------------------------------------------------------------------------------
 // results
-
-bool device_step::has_pair(int64_t token, int32_t k) const {
-    const device_item * item = find(pairs_.ids[token * pairs_.top_k + k]);
-    return item != nullptr && item->done;
-}
 
 const float * device_step::row(int64_t token, int32_t k) const {
     const int64_t pair       = token * pairs_.top_k + k;

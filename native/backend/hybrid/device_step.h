@@ -83,7 +83,6 @@ public:
     // Row [n_embd] of pair (token, k), from finish until the next begin; null where this device has none. With a batch
     // only if rows were wanted exactly.
     const float * row(int64_t token, int32_t k) const;
-    bool has_pair(int64_t token, int32_t k) const;
     // Adds the weighted rows of this device to y [n_embd, n_tokens].
     void add_to(float * y, size_t y_token_bytes) const;
 
@@ -93,7 +92,6 @@ private:
     bool is_decode() const { return pairs_.n_tokens == 1; }
     const device_item * find(int32_t expert) const;
     void launch_lane(int lane, bool waiting);
-    void run_decode_stage();
     void run_batch_stage(size_t stage);
     void begin_batch();
     void launch_items(const size_t * which, size_t n);

@@ -259,6 +259,17 @@ int64_t hybrid_dispatch::transfer_of(int layer, int expert) const {
     return 0;
 }
 
+layer_event hybrid_dispatch::event_of(const float * scores) {
+    layer_event event;
+    event.layer   = layer_;
+    event.n_rows  = static_cast<int>(pairs_.n_tokens);
+    event.top_k   = pairs_.top_k;
+    event.ids     = pairs_.ids;
+    event.weights = pairs_.weights;
+    event.scores  = n_expert_ == book_.max_experts() ? scores : widened(scores);
+    return event;
+}
+
 bool hybrid_dispatch::plan(const float * scores) {
     for (size_t d = 0; d < devices_.size(); d++) {
         if (is_suspended_[d] && devices_[d]->worker.wait_idle(no_wait_us)) {
@@ -270,15 +281,9 @@ bool hybrid_dispatch::plan(const float * scores) {
         }
     }
     take_results();
-    layer_event event;
-    event.layer   = layer_;
-    event.n_rows  = static_cast<int>(pairs_.n_tokens);
-    event.top_k   = pairs_.top_k;
-    event.ids     = pairs_.ids;
-    event.weights = pairs_.weights;
-    event.scores  = n_expert_ == book_.max_experts() ? scores : widened(scores);
-    event.gap_us  = gap_us_;
-    event.scratch = pairs_.n_tokens > 1 && has_scratch();
+    layer_event event = event_of(scores);
+    event.gap_us      = gap_us_;
+    event.scratch     = pairs_.n_tokens > 1 && has_scratch();
     for (int distance = 1; distance <= max_lookahead; distance++) {
         const bool same               = layer_ + distance < book_.n_layers() &&
                                         book_.layer(layer_ + distance).layout.n_expert == book_.max_experts();

@@ -119,6 +119,7 @@ private:
 
     // in a step
     void take_results();
+    layer_event event_of(const float * scores); // what the router said of the block at hand
     bool plan(const float * scores);
     const float * widened(const float * scores);
     bool has_scratch() const;

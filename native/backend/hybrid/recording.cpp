@@ -70,15 +70,9 @@ void hybrid_dispatch::note_unplanned(const float * scores) {
     if (!is_recording()) {
         return;
     }
-    layer_event event;
-    event.layer   = layer_;
-    event.n_rows  = static_cast<int>(pairs_.n_tokens);
-    event.top_k   = pairs_.top_k;
-    event.ids     = pairs_.ids;
-    event.weights = pairs_.weights;
-    event.scores  = n_expert_ == book_.max_experts() ? scores : widened(scores);
-    event.gap_us  = phase_ == phase::learning ? 0.0 : gap_us_;
-    unplanned_us_ = clock_.now_us();
+    layer_event event = event_of(scores);
+    event.gap_us      = phase_ == phase::learning ? 0.0 : gap_us_;
+    unplanned_us_     = clock_.now_us();
     recorder_->add_layer(event, book_.max_experts(), unplanned_us_, false);
 }
 
