@@ -331,11 +331,27 @@ private:
         return true;
     }
 
+    // Whether the tensor holds its values before the first expert product: only what stands there is computed before
+    // the kernels run. A view in the block of what was computed before it counts as computed.
+    bool is_ready(const ggml_tensor * t) const {
+        for (int i = block_.experts; t != nullptr && i < block_.end; i++) {
+            const ggml_op op   = nodes_[i]->op;
+            const bool is_view = op == GGML_OP_VIEW || op == GGML_OP_RESHAPE || op == GGML_OP_NONE;
+            if (!is_view && without_views(nodes_[i]) == without_views(t)) {
+                return false;
+            }
+        }
+        return true;
+    }
+
     // The kernels read one row of x per token or pair and write one row of y, and nothing in between may be wanted
     // outside.
     bool is_consistent(const described_block & out) const {
         const ggml_tensor * x = out.x;
         const ggml_tensor * y = out.y;
+        if (!is_ready(x) || !is_ready(out.weights)) {
+            return false;
+        }
         for (int i = block_.experts; i < out.tail; i++) {
             if (nodes_[i] != y && (nodes_[i]->flags & GGML_TENSOR_FLAG_OUTPUT) != 0) {
                 return false;

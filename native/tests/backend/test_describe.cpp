@@ -4,7 +4,9 @@
 #include "describe.h"
 #include "graph_by_hand.h"
 
+#include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstring>
 #include <optional>
 #include <vector>
@@ -205,6 +207,24 @@ void test_weighted_input() {
     }
 }
 
+// The kernels take the router's weights before the experts run: a graph that computes them later is left to ggml.
+void test_weights_of_the_block() {
+    const auto reads = [](size_t before) {
+        block_maker b;
+        b.make();
+        ggml_tensor * probs       = b.g.input("probs", 1, n_expert, n_tokens);
+        ggml_tensor * gathered    = b.g.node(GGML_OP_GET_ROWS, {1, b.k, n_tokens}, {probs, b.ids});
+        b.pairs->src[1]           = b.g.node(GGML_OP_RESHAPE, {1, b.k, n_tokens}, {gathered});
+        b.pairs->src[1]->view_src = gathered;
+        std::rotate(b.g.nodes.begin() + static_cast<std::ptrdiff_t>(before), b.g.nodes.end() - 2, b.g.nodes.end());
+        const auto read = b.read();
+        return read && read->weights == b.pairs->src[1];
+    };
+    CHECK(reads(0));
+    CHECK(!reads(1)); // between up and gate
+    CHECK(!reads(4)); // after the last product
+}
+
 void test_situ() {
     for (const float linear_beta : {0.0f, 25.0f}) {
         block_maker b;
@@ -269,6 +289,7 @@ int main() {
     test_plain();
     test_one_expert_a_token();
     test_weighted_input();
+    test_weights_of_the_block();
     test_situ();
     test_tail();
     return check::report();
