@@ -34,8 +34,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench_process import WorkerProcess
 
+from hybrimoe.bench.process import WorkerProcess
 from hybrimoe.errors import HybrimoeError, UsageError, render
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -34,7 +34,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "native" / "cmake"))
 
 from bench_cpu import N_PROMPT_BEFORE_DECODE, git_commit, sizes, wait_for_quiet, write_json
-from bench_process import WorkerFailedError, WorkerProcess
 from fetch_ggml_headers import cache_root
 from gpu_bench_plan import (
     STOCK_VARIANTS,
@@ -52,6 +51,7 @@ from gpu_bench_plan import (
 from gpu_bench_report import LEGEND, summarise_stage, tables
 from gpu_bench_worker import WorkerOptions
 
+from hybrimoe.bench.process import WorkerFailedError, WorkerProcess
 from hybrimoe.errors import HybrimoeError, PluginError, UsageError, render
 from hybrimoe.gguf_model import GgufModel, inspect
 

@@ -14,7 +14,6 @@ from typing import Any
 import bench_gpu
 import gpu_bench_report
 import pytest
-from bench_process import WorkerFailedError, WorkerProcess
 from gpu_bench_plan import (
     STOCK_VARIANTS,
     OursOptions,
@@ -27,6 +26,7 @@ from gpu_bench_plan import (
     stock_on_gpu,
 )
 
+from hybrimoe.bench.process import WorkerFailedError, WorkerProcess
 from hybrimoe.errors import PluginError, UsageError
 from hybrimoe.gguf_model import inspect
 

@@ -5,23 +5,23 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
-import sys
 import threading
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from hybrimoe.errors import HybrimoeError
 
+__all__ = ["WorkerFailedError", "WorkerProcess"]
+
 
 class WorkerFailedError(HybrimoeError):
-    """A measured process ended, hung, or could not do what it was asked for: `reason`."""
+    """A measured process ended, hung, or could not do what it was asked for: `reason`. Its exit code is the process's
+    own where that said one."""
 
-    def __init__(self, name: str, reason: str, hint: str = "") -> None:
+    def __init__(self, name: str, reason: str, hint: str = "", exit_code: int = 1) -> None:
         super().__init__(f"the row '{name}' failed: {reason}", hint)
         self.reason = reason
+        self.exit_code = exit_code
 
 
 class WorkerProcess:
@@ -66,7 +66,9 @@ class WorkerProcess:
             raise WorkerFailedError(self.name, f"its process ended with status {status}", "see its messages above")
         reply: dict[str, Any] = json.loads(line)
         if "error" in reply:
-            raise WorkerFailedError(self.name, str(reply["error"]), str(reply.get("hint", "")))
+            raise WorkerFailedError(
+                self.name, str(reply["error"]), str(reply.get("hint", "")), int(reply.get("exit_code", 1))
+            )
         return reply
 
     def close(self) -> None:

@@ -1,0 +1,1 @@
+"""`hybrimoe bench`: llama-bench's tests with and without the plug-in, side by side."""
