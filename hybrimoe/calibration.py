@@ -73,15 +73,19 @@ class Calibration:
         known = [_shape_of(c["shape"]) for c in self.fit["cpu"] if str(n_threads or self.n_threads) in c["by_threads"]]
         return all(shape in known for shape in shapes)
 
-    def cost_section(self, model: GgufModel, n_threads: int | None = None) -> dict[str, Any]:
+    def cost_section(
+        self, model: GgufModel, n_threads: int | None = None, devices: Sequence[int] | None = None
+    ) -> dict[str, Any]:
         """What `Costs.from_calibration` reads, for a model's MoE layers and the devices with a good fit.
 
-        Shapes that were not measured take the nearest one's costs, scaled by their bytes and multiplications.
+        `devices` are indices in ggml's registry; None: all. Shapes that were not measured take the nearest one's costs,
+        scaled by their bytes and multiplications. Raises CalibrationError for a device without a good fit.
         """
+        chosen = self.devices if devices is None else [self._device(index) for index in devices]
         layers = [layer for layer in model.moe_layers if not layer.predicts_ahead]
         kinds = [(shape_of(layer), layer.bytes_per_expert) for layer in layers]
         classes = list(dict.fromkeys(kinds))
-        ceilings = [d["dram_bytes_per_us"] for d in self.devices]
+        ceilings = [d["dram_bytes_per_us"] for d in chosen]
         cpu = [self._cpu(shape, n_bytes, n_threads) for shape, n_bytes in classes]
         return {
             "layer_class": [classes.index(kind) for kind in kinds],
@@ -90,14 +94,21 @@ class Calibration:
                     "expert_bytes": float(n_bytes),
                     "cpu": {"points": cpu[i]["points"]},
                     "cpu_first_us": cpu[i]["first_us"],
-                    "gpu": [{"points": _nearest(d["experts"], shape, n_bytes)["points"]} for d in self.devices],
+                    "gpu": [{"points": _nearest(d["experts"], shape, n_bytes)["points"]} for d in chosen],
                 }
                 for i, (shape, n_bytes) in enumerate(classes)
             ],
             "cpu_step_us": min((c["step_us"] for c in cpu), default=0.0),
             "dram_bytes_per_us": max(ceilings) if ceilings else None,
-            "devices": [self._link(d) for d in self.devices],
+            "devices": [self._link(d) for d in chosen],
         }
+
+    def _device(self, index: int) -> Mapping[str, Any]:
+        for device in self.devices:
+            if device["device"] == index:
+                return device
+        why = "; ".join(self.reasons) or "it was not there then"
+        raise CalibrationError(f"the calibration has no costs of device {index}: {why}", "hybrimoe probe")
 
     def _cpu(self, shape: FfnShape, n_bytes: float, n_threads: int | None) -> dict[str, Any]:
         n = str(n_threads or self.n_threads)
@@ -221,14 +232,19 @@ def machine_key() -> dict[str, Any]:
 
 
 def accelerators() -> list[tuple[int, str]]:
-    """(index in ggml's registry, description) of the GPUs that this llama.cpp can use."""
+    """(index in ggml's registry, description) of the GPUs that this llama.cpp can use, HYBRIMOE_BACKENDS' too.
+
+    Raises PluginError for a module that cannot be loaded.
+    """
+    from hybrimoe.native.backend_modules import backend_module_paths, load_backend_modules
     from hybrimoe.native.plugin import ggml_library
 
+    load_backend_modules(backend_module_paths())
     ggml = ggml_library()
     found = []
     for index in range(ggml.ggml_backend_dev_count()):
         device = ggml.ggml_backend_dev_get(index)
-        if ggml.ggml_backend_dev_type(device) == 1:  # GGML_BACKEND_DEVICE_TYPE_GPU
+        if ggml.ggml_backend_dev_type(device) in (1, 2):  # GGML_BACKEND_DEVICE_TYPE_GPU, _IGPU
             found.append((index, ggml.ggml_backend_dev_description(device).decode("utf-8", "replace")))
     return found
 

@@ -68,7 +68,8 @@ class ExpertOptions:
     """Policies are the core's, as `name` or `name:param=value,...`; see `docs/policies.md`.
 
     `devices` None: every GPU; empty: none; names are ggml's, and `CPU` is a second CPU backend as a stand-in.
-    `calibration` is a file of `hybrimoe probe`; None: costs are measured when the model starts. `state_dir` is where
+    `calibration` is a file of `hybrimoe probe`, `costs` is a calibration's cost section that was read already (see
+    starting_costs.py); without both, costs are measured when the model starts. `state_dir` is where
     residency is kept from one run to the next; None: nowhere. The first `n_cpu_layers` layers have no slots. `extra`
     are further keys of `hybrimoe_configure`.
     """
@@ -84,6 +85,7 @@ class ExpertOptions:
     fit_margin_bytes: int = GIB
     pin_experts: bool = False
     calibration: Path | None = None
+    costs: Mapping[str, Any] | None = None
     state_dir: Path | None = None
     n_cpu_layers: int = 0
     extra: Mapping[str, Any] | None = None
@@ -127,9 +129,11 @@ class ExpertOptions:
                 raise UsageError(f"{flag}: {error}", "docs/policies.md lists them") from None
 
     def _costs(self, model: GgufModel) -> dict[str, Any] | None:
+        if self.costs is not None or self.calibration is None:
+            return None if self.costs is None else dict(self.costs)
         from hybrimoe import calibration
 
-        return None if self.calibration is None else calibration.load(self.calibration).cost_section(model)
+        return calibration.load(self.calibration).cost_section(model)
 
     def _state_path(self, model: GgufModel) -> Path:
         if self.state_dir is None:

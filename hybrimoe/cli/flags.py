@@ -234,7 +234,7 @@ EXPERT_OPTIONS: tuple[Option, ...] = (
         None,
         str,
         "FILE",
-        unset="measured when the model starts",
+        unset="this machine's, measured once",
         section=EXPERTS,
     ),
     Option(

@@ -138,8 +138,9 @@ def open_engine(settings: Settings, path: Path) -> Iterator[Engine]:
 
     llama_log().verbose = settings.verbose
     _warn_about_gpu(settings)
+    options = with_starting_costs(engine_options(settings), path)
     with progress(f"loading {path.name} ({size_text(_total_bytes(path))})") as update:
-        engine = Engine(path, engine_options(settings), progress=update, on_trace_failure=warn)
+        engine = Engine(path, options, progress=update, on_trace_failure=warn)
     try:
         with engine:
             warn_unless_verified(engine)
@@ -147,6 +148,22 @@ def open_engine(settings: Settings, path: Path) -> Iterator[Engine]:
             yield engine
     finally:
         _note_recording(engine)
+
+
+def with_starting_costs(options: EngineOptions, path: Path) -> EngineOptions:
+    """The options with the costs that sharing experts starts from; measures the machine where they are unknown."""
+    from dataclasses import replace
+
+    from hybrimoe.gguf_model import inspect
+    from hybrimoe.starting_costs import starting_costs
+
+    with progress("measuring this machine, once") as update:
+        found = starting_costs(options, inspect(path).require_moe(), update)
+    for text in found.warnings:
+        warn(text, "hybrimoe probe")
+    for text in found.notes:
+        note(f"note: {text}")
+    return replace(options, experts=found.experts)
 
 
 def _note_recording(engine: Engine) -> None:

@@ -16,8 +16,10 @@ def main() -> int:
     request = Request.from_dict(json.load(sys.stdin))
     try:
         from hybrimoe.llama_log import llama_log
+        from hybrimoe.native.backend_modules import backend_module_paths, load_backend_modules
 
         llama_log()
+        load_backend_modules(backend_module_paths())
         say(result=measure(request, lambda step, share: say(step=step, share=share)))
     except HybrimoeError as error:
         say(error=error.message, hint=error.hint)
