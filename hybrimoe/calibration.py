@@ -22,7 +22,7 @@ from hybrimoe.native.probe import FfnShape
 if TYPE_CHECKING:
     from hybrimoe.gguf_model import GgufModel, MoeLayer
 
-__all__ = ["Calibration", "CalibrationError", "default_path", "load", "load_or_probe", "probe"]
+__all__ = ["Calibration", "CalibrationError", "default_path", "load", "load_matching", "load_or_probe", "probe"]
 
 FORMAT = 1
 QUICK_SECONDS, FULL_SECONDS = 5.0, 30.0
@@ -359,6 +359,18 @@ def probe(
     )
 
 
+def load_matching(path: Path, model: GgufModel | None, n_threads: int | None = None) -> Calibration:
+    """The calibration in a file, if it is of this machine and build and holds the model's experts.
+
+    Raises CalibrationError.
+    """
+    found = load(path)
+    reason = _mismatch(found, model_shapes(model), n_threads)
+    if reason:
+        raise CalibrationError(reason, "hybrimoe probe")
+    return found
+
+
 def load_or_probe(
     model: GgufModel | None = None,
     *,
@@ -378,13 +390,9 @@ def load_or_probe(
     path = path or default_path()
     shapes = model_shapes(model)
     try:
-        found = load(path)
-        reason = _mismatch(found, shapes, n_threads)
+        return load_matching(path, model, n_threads), ""
     except CalibrationError as error:
         reason = error.message
-    else:
-        if not reason:
-            return found, ""
     made = probe(
         shapes,
         seconds=seconds,

@@ -35,6 +35,25 @@ def expert_table(engine: Engine) -> str:
     return table(head, [_counter_row(c) for c in counters] + [_total_row(counters)])
 
 
+def prediction_table(engine: Engine) -> str:
+    """What each layer's experts were predicted to take in a decode step, and what they took."""
+    from hybrimoe.predictions import median_error, predictions
+
+    layers = predictions(engine)
+    if not layers:
+        return "predicted times: unknown without a decode step and this machine's costs (hybrimoe probe MODEL)"
+
+    def row(name: str, n_steps: int, predicted_us: float, observed_us: float) -> list[str]:
+        error = f"{predicted_us / observed_us - 1:+.0%}"
+        return [name, str(n_steps), f"{predicted_us:.1f}", f"{observed_us:.1f}", error]
+
+    rows = [row(str(p.layer), p.n_steps, p.predicted_us, p.observed_us) for p in layers]
+    sums = sum(p.predicted_us for p in layers), sum(p.observed_us for p in layers)
+    rows.append(row("token", max(p.n_steps for p in layers), *sums))
+    lines = table(["layer", "decode steps", "predicted us", "observed us", "error"], rows)
+    return f"{lines}\nmedian error of a layer {median_error(layers):.0%}"
+
+
 def _counter_row(c: LayerCounters) -> list[str]:
     counts = (c.n_steps, c.n_tokens, c.n_blocks, c.n_blocks_delegated, c.n_experts_cpu, c.n_experts_gpu)
     times = (c.router_us, c.experts_us, c.merge_us)

@@ -15,7 +15,7 @@ from hybrimoe.native.locate import installed_library
 from hybrimoe.native.trace_ring import TraceRing
 
 LIBRARY_NAME = "libggml-hybrimoe.so"
-ABI_VERSION = 2
+ABI_VERSION = 3
 REINSTALL_HINT = "reinstall the package for this llama-cpp-python: pip install --force-reinstall --no-deps hybrimoe"
 
 
@@ -41,6 +41,9 @@ class _LayerCounters(ctypes.Structure):
         ("n_copies", ctypes.c_uint64),
         ("n_prefetched", ctypes.c_uint64),
         ("h2d_bytes", ctypes.c_uint64),
+        ("n_decode", ctypes.c_uint64),
+        ("decode_us", ctypes.c_double),
+        ("predicted_us", ctypes.c_double),
     )
 
 
@@ -49,7 +52,8 @@ class LayerCounters:
     """What the plug-in did for one layer since its counters were last reset (struct hybrimoe_layer_counters).
 
     Hits, misses and late ones (misses whose copy was under way) are counted where an accelerator takes part; `plan_us`
-    is planning and launching, `wait_us` waiting for accelerators once the CPU's share was done.
+    is planning and launching, `wait_us` waiting for accelerators once the CPU's share was done. Of blocks of a single
+    token `decode_us` is the experts' time, `predicted_us` what their plans said (0 without accelerators).
     """
 
     layer: int
@@ -71,6 +75,9 @@ class LayerCounters:
     n_copies: int = 0
     n_prefetched: int = 0
     h2d_bytes: int = 0
+    n_decode: int = 0
+    decode_us: float = 0.0
+    predicted_us: float = 0.0
 
 
 class Plugin:

@@ -65,15 +65,20 @@ hybrimoe_layer_counters counters::read(int index) const {
     out.n_copies           = get(source.n_copies);
     out.n_prefetched       = get(source.n_prefetched);
     out.h2d_bytes          = get(source.h2d_bytes);
+    out.n_decode           = get(source.n_decode);
+    out.decode_us          = get_us(source.decode_ns);
+    out.predicted_us       = get_us(source.predicted_ns);
     return out;
 }
 
 void counters::reset() {
     for (layer_counters & one : layers_) {
-        for (auto * counter : {&one.n_steps, &one.n_tokens, &one.n_blocks, &one.n_blocks_delegated, &one.n_experts_cpu,
-                               &one.n_experts_gpu, &one.router_ns, &one.experts_ns, &one.merge_ns, &one.plan_ns,
-                               &one.wait_ns, &one.n_hits, &one.n_misses, &one.n_late, &one.n_evictions, &one.n_copies,
-                               &one.n_prefetched, &one.h2d_bytes}) {
+        for (auto * counter : {&one.n_steps,       &one.n_tokens,      &one.n_blocks,    &one.n_blocks_delegated,
+                               &one.n_experts_cpu, &one.n_experts_gpu, &one.router_ns,   &one.experts_ns,
+                               &one.merge_ns,      &one.plan_ns,       &one.wait_ns,     &one.n_hits,
+                               &one.n_misses,      &one.n_late,        &one.n_evictions, &one.n_copies,
+                               &one.n_prefetched,  &one.h2d_bytes,     &one.n_decode,    &one.decode_ns,
+                               &one.predicted_ns}) {
             clear(*counter);
         }
     }

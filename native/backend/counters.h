@@ -35,6 +35,9 @@ struct layer_counters {
     std::atomic<uint64_t> n_copies{0};
     std::atomic<uint64_t> n_prefetched{0};
     std::atomic<uint64_t> h2d_bytes{0};
+    std::atomic<uint64_t> n_decode{0};
+    std::atomic<uint64_t> decode_ns{0};
+    std::atomic<uint64_t> predicted_ns{0};
 };
 
 class counters {

@@ -106,6 +106,10 @@ ggml_status dispatcher::run_with_kernels(ggml_tensor ** nodes, const moe_block &
     layer_counters & counts = counters_->layer(block.layer);
     add(counts.router_ns, done.router_ns);
     add(counts.experts_ns, done.experts_ns);
+    if (block.n_tokens() == 1 && !(is_shared && hybrid_.was_planned())) {
+        add(counts.n_decode, 1);
+        add(counts.decode_ns, done.experts_ns);
+    }
     ggml_status status = done.status;
     if (is_shared) {
         stopwatch watch;

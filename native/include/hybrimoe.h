@@ -16,7 +16,7 @@ extern "C" {
 #endif
 
 // Raised by one with every change of this header that an older caller would misread.
-#define HYBRIMOE_ABI_VERSION 2
+#define HYBRIMOE_ABI_VERSION 3
 
 HYBRIMOE_API int hybrimoe_abi_version(void);
 HYBRIMOE_API const char * hybrimoe_version(void);
@@ -70,6 +70,9 @@ struct hybrimoe_layer_counters {
     uint64_t n_copies;     // experts sent to accelerators, for whatever reason
     uint64_t n_prefetched; // of these, speculative ones
     uint64_t h2d_bytes;    // of all copies
+    uint64_t n_decode;     // blocks of a single token
+    double decode_us;      // their experts, from the plan's end until the last accelerator was done
+    double predicted_us;   // what the plans of these blocks said that would take; 0 without accelerators
 };
 
 // Number of layers for which the instance holds counters (highest layer index seen + 1); 0 for an unknown instance.

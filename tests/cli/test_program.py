@@ -95,6 +95,12 @@ def test_plain_completion_differs_from_chat(spawn: Spawn, model: str) -> None:
 def test_expert_stats_are_a_table(spawn: Spawn, model: str) -> None:
     err = spawn("run", model, "hello", "-n", "3", "--expert-stats").err
     assert "delegated" in err and "experts CPU" in err and "all" in err
+    # Without a calibration nothing is predicted on the CPU alone; with an accelerator every plan predicts.
+    assert "predicted times: unknown" in err or "median error of a layer" in err
+    flags = ("--device", "CPU", "--expert-cache", "2", "--guard", "off")
+    err = spawn("run", model, "hello", "-n", "8", "--expert-stats", *flags).err
+    rows = [line.split() for line in err.splitlines() if line.startswith("token ")]
+    assert "predicted us" in err and len(rows) == 1 and float(rows[0][2]) > 0 and float(rows[0][3]) > 0
 
 
 def test_bad_stdin(spawn: Spawn, model: str) -> None:

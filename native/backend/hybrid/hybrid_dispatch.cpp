@@ -521,6 +521,11 @@ void hybrid_dispatch::observe_step(double wait_begin_us, double end_us) {
     add(counts.n_hits, static_cast<uint64_t>(decision_->n_hits));
     add(counts.n_misses, static_cast<uint64_t>(decision_->n_misses));
     add(counts.n_late, static_cast<uint64_t>(decision_->n_late));
+    if (pairs_.n_tokens == 1) {
+        add(counts.n_decode, 1);
+        add(counts.decode_ns, static_cast<uint64_t>((end_us - route_end_us_) * 1e3));
+        add(counts.predicted_ns, static_cast<uint64_t>(decision_->plan.makespan_us * 1e3));
+    }
     for (const transfer & t : decision_->transfers) {
         add(counts.h2d_bytes, static_cast<uint64_t>(t.bytes));
         add(counts.n_copies, 1);
