@@ -133,6 +133,7 @@ class Option:
     section: str = "Options"
     unset: str = "none"
     in_file: bool = True
+    is_secret: bool = False
 
     @property
     def key(self) -> str:
@@ -192,6 +193,8 @@ class Settings:
             value, source = self.values[option.name], self.sources[option.name]
             if value is None:
                 lines.append(f"# {option.key}: {option.unset} ({source})")
+            elif option.is_secret:
+                lines.append(f"# {option.key}: given, not shown ({source})")
             elif not option.in_file:
                 lines.append(f"# {option.key}: {_toml(value)} ({source})")
             else:
@@ -257,7 +260,7 @@ def _resolve_one(
                 return False, f"environment {negative}"
         if text := sources.environment.get(option.environment):
             return option.value(text, option.environment), f"environment {option.environment}"
-    for name in option.long_names:
+    for name in option.long_names if option.in_file else ():
         if name in in_file:
             assert sources.file is not None
             value = _file_text(in_file[name], option, f"{sources.file}: '{name}'")

@@ -11,7 +11,12 @@ import typer
 
 from hybrimoe.cli import options
 from hybrimoe.cli.console import show_error
-from hybrimoe.cli.flags import CHAT_COMMAND_OPTIONS, PLAN_COMMAND_OPTIONS, RUN_COMMAND_OPTIONS
+from hybrimoe.cli.flags import (
+    CHAT_COMMAND_OPTIONS,
+    PLAN_COMMAND_OPTIONS,
+    RUN_COMMAND_OPTIONS,
+    SERVE_COMMAND_OPTIONS,
+)
 from hybrimoe.config import Settings
 from hybrimoe.errors import EXIT_INTERRUPTED, EXIT_OK, HybrimoeError, UsageError, from_os_error
 
@@ -42,14 +47,18 @@ def make_app() -> typer.Typer:
 
     options.command(app, "chat", _chat, CHAT_COMMAND_OPTIONS, "[MODEL]")
     options.command(app, "run", _run, RUN_COMMAND_OPTIONS, "[MODEL] [PROMPT or -]")
+    options.command(app, "serve", _serve, SERVE_COMMAND_OPTIONS, "[MODEL]")
     options.command(app, "plan", _plan, PLAN_COMMAND_OPTIONS, "[MODEL]")
-    from hybrimoe.cli import doctor, models, probe, simulate, trace
+    from hybrimoe.cli import bench, doctor, models, probe, simulate, top, trace
+
+    options.command(app, "bench", _bench, bench.BENCH_OPTIONS, "MODEL")
 
     app.add_typer(models.make_app(), name="models")
     app.add_typer(trace.make_app(), name="trace")
     simulate.add_to(app)
     doctor.add_to(app)
     probe.add_to(app)
+    top.add_to(app)
     return app
 
 
@@ -81,6 +90,20 @@ def _run(settings: Settings, positionals: list[str]) -> int:
     return run(settings, positionals)
 
 
+def _serve(settings: Settings, positionals: list[str]) -> int:
+    """Answer programs: OpenAI's interface at /v1, a page for people at /, figures at /metrics and /live.
+
+    MODEL is a GGUF file or a name from 'hybrimoe models list'; without one the built-in demo model answers.
+    """
+    if settings.dry_run:
+        from hybrimoe.cli.plan import dry_run
+
+        return dry_run(settings, positionals)
+    from hybrimoe.cli.serve import serve
+
+    return serve(settings, positionals)
+
+
 def _plan(settings: Settings, positionals: list[str]) -> int:
     """Say before loading whether MODEL runs, where everything goes, how fast, and what would help.
 
@@ -89,6 +112,17 @@ def _plan(settings: Settings, positionals: list[str]) -> int:
     from hybrimoe.cli.plan import plan
 
     return plan(settings, positionals)
+
+
+def _bench(settings: Settings, positionals: list[str]) -> int:
+    """Measure MODEL as llama-bench does, with plain llama.cpp beside; without MODEL the built-in demo model.
+
+    Tests, columns and formats are llama-bench's, columns of our own follow them. Plain llama.cpp runs in a process that
+    never loads the plug-in; repetitions alternate. Only the decode calls are timed.
+    """
+    from hybrimoe.cli.bench import bench
+
+    return bench(settings, positionals)
 
 
 def _versions() -> str:
@@ -153,6 +187,8 @@ def _fail(error: HybrimoeError, verbose: bool) -> int:
 def _usage_error(error: Exception, arguments: Sequence[str]) -> int:
     message = error.format_message() if hasattr(error, "format_message") else str(error)
     command = next((a for a in arguments if not a.startswith("-")), "")
-    known = command in ("chat", "run", "models", "doctor", "plan", "probe", "trace", "simulate")
+    known = command in (
+        "chat", "run", "serve", "top", "models", "doctor", "plan", "probe", "trace", "simulate", "bench",
+    )  # fmt: skip
     hint = f"hybrimoe {command} --help" if known else "hybrimoe --help"
     return _fail(UsageError(message[:1].lower() + message[1:], hint), verbose=False)
