@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from hybrimoe.expert_options import ExpertOptions
 from hybrimoe.generation import RANDOM_SEED, Answer, Sampling
 from hybrimoe.gguf_model import GgufModel, inspect
 from hybrimoe.interrupt import AbortFlag, abort_on_interrupt
+from hybrimoe.live.heat import ExpertHeat, heat_ring_bytes
 from hybrimoe.llama_log import LlamaLog, llama_log
 from hybrimoe.llama_seam import Loader, LoadSettings
 from hybrimoe.native.backend_modules import backend_module_paths, device_names, load_backend_modules
@@ -57,7 +59,8 @@ class EngineOptions:
     `n_ctx` 0: the context the model was trained with. Threads None: one per physical core; 0 or less: one per hardware
     thread; `n_threads_batch` None: as `n_threads`. `n_gpu_layers` below 0: all layers (without their experts).
     `backends` are modules of ggml backends to load first; None: those that HYBRIMOE_BACKENDS names. `trace` is a file
-    that routing and decisions are recorded into (docs/trace-format.md); it must not exist yet.
+    that routing and decisions are recorded into (docs/trace-format.md); it must not exist yet. `heat` counts which
+    experts are asked for (`Engine.heat`).
     """
 
     n_ctx: int = 0
@@ -77,6 +80,7 @@ class EngineOptions:
     experts: ExpertOptions = field(default_factory=ExpertOptions)
     backends: tuple[Path, ...] | None = None
     trace: Path | None = None
+    heat: bool = False
 
     def threads(self) -> tuple[int, int]:
         """(threads for decode, threads for prefill)"""
@@ -151,6 +155,12 @@ class Engine(llama_cpp.Llama):  # type: ignore[misc]
         self.plugin_instance = 0
         self.verification: Verification | None = None
         self.n_evaluated = 0
+        # Of all answers: prompt tokens computed, tokens drawn after each answer's first one, and the time both took.
+        self.n_prompt_tokens = self.n_generated = 0
+        self.prompt_s = self.generation_s = 0.0
+        self.phase = "idle"
+        self.heat: ExpertHeat | None = None
+        self._pieces: dict[int, bytes] = {}
         self._last_event = 0
         self.recorder: LiveRecorder | None = None
         self.abort_flag = AbortFlag()
@@ -177,8 +187,8 @@ class Engine(llama_cpp.Llama):  # type: ignore[misc]
                 try:
                     self._load(str(self.info.path), n_ctx, llama_arguments)
                 finally:
-                    if self.plugin is not None and options.trace is not None:
-                        self.plugin.configure(trace=0)  # of this instance alone
+                    if self.plugin is not None and (options.trace is not None or options.heat):
+                        self.plugin.configure(trace=0, trace_scores=True)  # of this instance alone
             if self.n_ctx() > len(self.input_ids):
                 self.input_ids: Any = np.zeros(self.n_ctx(), dtype=np.intc)
             if self.plugin is not None:
@@ -207,16 +217,25 @@ class Engine(llama_cpp.Llama):  # type: ignore[misc]
         settings = experts.settings(self.info, n_batch, known)
         if self.options.trace is not None:
             settings["trace"] = ring_bytes(self.info, n_batch)
+        elif self.options.heat:
+            settings |= {"trace": heat_ring_bytes(self.info, n_batch), "trace_scores": False}
         return settings
 
     def _start_recording(self) -> None:
-        if self.options.trace is not None and self.plugin is not None:
+        if self.plugin is None:
+            return
+        if self.options.heat:
+            self.heat = ExpertHeat(self.info, self.plugin.trace_ring(self.plugin_instance))
+        if self.options.trace is not None:
+            if self.heat is not None:
+                self.heat.leave_ring_to_others()
             self.recorder = LiveRecorder(
                 self.plugin.trace_ring(self.plugin_instance),
                 self.options.trace,
                 self.info,
                 on_failure=self._on_trace_failure,
                 source={"tool": "hybrimoe --trace", "plug-in": self.plugin.version},
+                on_read=self.heat.add if self.heat is not None else None,
             )
 
     def _load(self, path: str, n_ctx: int, arguments: dict[str, Any]) -> None:
@@ -247,6 +266,7 @@ class Engine(llama_cpp.Llama):  # type: ignore[misc]
             self.eval([token])
             if self.plugin is not None:
                 self.eval([token])
+        self.phase = "idle"
         self.reset()
         self._ctx.kv_cache_clear()
         llama_cpp.llama_perf_context_reset(self.ctx)
@@ -332,7 +352,27 @@ class Engine(llama_cpp.Llama):  # type: ignore[misc]
         if self.recorder is not None:
             self.recorder.begin_prompt()
         self._prompt_tail = list(tokens)[-self.last_n_tokens_size :] if self.last_n_tokens_size > 0 else []
-        return super().generate(tokens, *args, **kwargs)
+        return self._generate(super().generate(tokens, *args, **kwargs))
+
+    def _generate(self, tokens: Any) -> Any:
+        """Passes tokens on, and counts them and their time: from one being asked for to it being there."""
+        n_before, is_first = self.n_evaluated, True
+        try:
+            with contextlib.closing(tokens):
+                start = time.perf_counter()
+                for token in tokens:
+                    passed_s = time.perf_counter() - start
+                    if is_first:
+                        self.n_prompt_tokens += self.n_evaluated - n_before
+                        self.prompt_s += passed_s
+                    else:
+                        self.n_generated += 1
+                        self.generation_s += passed_s
+                    is_first = False
+                    yield token
+                    start = time.perf_counter()
+        finally:
+            self.phase = "idle"
 
     def _init_sampler(self, *args: Any, **kwargs: Any) -> Any:
         sampler = super()._init_sampler(*args, **kwargs)
@@ -348,6 +388,7 @@ class Engine(llama_cpp.Llama):  # type: ignore[misc]
             self.verify()
 
     def eval(self, tokens: Sequence[int]) -> None:
+        self.phase = "generating" if len(tokens) == 1 else "prompt"
         super().eval(tokens)
         self.n_evaluated += len(tokens)
 
@@ -356,6 +397,14 @@ class Engine(llama_cpp.Llama):  # type: ignore[misc]
 
     def token_bytes(self, token: int, special: bool = False) -> bytes:
         """The text of a token, which may be part of a UTF-8 sequence; control tokens are empty unless `special`."""
+        if special:
+            return self._token_text(token, special)
+        # llama-cpp-python asks for the whole answer's text again at every token.
+        if (piece := self._pieces.get(token)) is None:
+            piece = self._pieces[token] = self._token_text(token, special)
+        return piece
+
+    def _token_text(self, token: int, special: bool) -> bytes:
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)
@@ -381,6 +430,10 @@ class Engine(llama_cpp.Llama):  # type: ignore[misc]
     def counters(self) -> list[LayerCounters]:
         """The plug-in's counters per layer since the last reset; empty without the plug-in."""
         return [] if self.plugin is None else self.plugin.counters(self.plugin_instance)
+
+    def residency(self, layer: int) -> list[int]:
+        """Per expert of `layer` (llama.cpp's index) the accelerator that holds it, -1 for none; empty if unknown."""
+        return [] if self.plugin is None else self.plugin.residency(self.plugin_instance, layer)
 
     def expert_state(self) -> dict[str, Any]:
         """Accelerators with slots and costs, statistics since the start, guard; empty without the plug-in."""

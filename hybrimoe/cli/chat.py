@@ -30,7 +30,7 @@ def chat(settings: Settings, positionals: list[str]) -> int:
         raise UsageError(f"the model is given twice, by -m and by '{positionals[0]}'")
     model = positionals[0] if positionals else settings.model
     system = system_prompt(settings)
-    with open_engine(settings, model_path(model)) as engine:
+    with open_engine(settings, model_path(model), "chat") as engine:
         session = Session(engine, sampling(settings), settings.n_predict, system)
         return Chat(session, settings).loop()
 

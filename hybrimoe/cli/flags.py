@@ -14,7 +14,7 @@ from hybrimoe.expert_options import CacheSize, check_policy
 _KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 
 MODEL, EXPERTS, SAMPLING = "Model and speed", "Experts on CPU and GPU", "Sampling"
-PROMPT, OUTPUT = "Prompt", "Output"
+PROMPT, OUTPUT, SERVER = "Prompt", "Output", "Server"
 
 
 def _cache_size(text: str) -> str:
@@ -388,6 +388,78 @@ OUTPUT_OPTIONS: tuple[Option, ...] = (
     ),
 )
 
+LIVE_OPTIONS: tuple[Option, ...] = (
+    Option(
+        ("--live",),
+        "Let 'hybrimoe top' of the same user watch, and count which experts are asked for.",
+        True,
+        None,
+        no_flags=("--no-live",),
+        section=OUTPUT,
+    ),
+)
+
+SERVER_OPTIONS: tuple[Option, ...] = (
+    Option(("--host",), "Address to listen on.", "127.0.0.1", str, "HOST", "LLAMA_ARG_HOST", section=SERVER),
+    Option(
+        ("--port",),
+        "Port to listen on; 0: any that is free.",
+        8080,
+        integer(0, 65535),
+        "N",
+        "LLAMA_ARG_PORT",
+        section=SERVER,
+    ),
+    Option(
+        ("-a", "--alias"),
+        "Name under which clients ask for the model.",
+        None,
+        str,
+        "NAME",
+        "LLAMA_ARG_ALIAS",
+        section=SERVER,
+        unset="the file's name",
+    ),
+    Option(
+        ("--api-key",),
+        "Key that clients must send; better in the environment, where other users cannot see it.",
+        None,
+        str,
+        "KEY",
+        "LLAMA_API_KEY",
+        section=SERVER,
+        is_secret=True,
+    ),
+    Option(("--api-key-file",), "File whose first line is the key.", None, str, "FILE", section=SERVER),
+    Option(
+        ("--metrics",),
+        "GET /metrics for Prometheus.",
+        True,
+        None,
+        environment="LLAMA_ARG_ENDPOINT_METRICS",
+        no_flags=("--no-metrics",),
+        section=SERVER,
+    ),
+    Option(("--max-waiting",), "Requests that may wait for their turn.", 64, integer(0, 100_000), "N", section=SERVER),
+    Option(("--max-request",), "Largest request.", "8MiB", _size, "SIZE", section=SERVER),
+    Option(
+        ("--request-timeout",),
+        "Seconds in which a request must have arrived.",
+        30.0,
+        number(0.1, 3600),
+        "S",
+        section=SERVER,
+    ),
+    Option(
+        ("--grace",),
+        "Seconds that answers may go on after Ctrl-C or SIGTERM.",
+        8.0,
+        number(0, 3600),
+        "S",
+        section=SERVER,
+    ),
+)
+
 DRY_RUN_OPTIONS: tuple[Option, ...] = (
     Option(
         ("--dry-run",),
@@ -426,6 +498,15 @@ PLAN_COMMAND_OPTIONS: tuple[Option, ...] = (
 )
 
 _LOAD_OPTIONS = MODEL_OPTIONS + EXPERT_OPTIONS + SAMPLING_OPTIONS + SYSTEM_OPTIONS
-CHAT_COMMAND_OPTIONS = _LOAD_OPTIONS + OUTPUT_OPTIONS + DRY_RUN_OPTIONS
-RUN_COMMAND_OPTIONS = _LOAD_OPTIONS + RUN_OPTIONS + OUTPUT_OPTIONS + DRY_RUN_OPTIONS
-ALL_OPTIONS: tuple[Option, ...] = RUN_COMMAND_OPTIONS
+CHAT_COMMAND_OPTIONS = _LOAD_OPTIONS + OUTPUT_OPTIONS + LIVE_OPTIONS + DRY_RUN_OPTIONS
+RUN_COMMAND_OPTIONS = _LOAD_OPTIONS + RUN_OPTIONS + OUTPUT_OPTIONS + LIVE_OPTIONS + DRY_RUN_OPTIONS
+SERVE_COMMAND_OPTIONS = (
+    *MODEL_OPTIONS,
+    *EXPERT_OPTIONS,
+    *SAMPLING_OPTIONS,
+    *SERVER_OPTIONS,
+    *(option for option in OUTPUT_OPTIONS if option.key in ("trace", "verbose")),
+    *LIVE_OPTIONS,
+    *DRY_RUN_OPTIONS,
+)
+ALL_OPTIONS: tuple[Option, ...] = RUN_COMMAND_OPTIONS + SERVER_OPTIONS

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from hybrimoe.cli.console import note, progress, size_text, stages, warn
 from hybrimoe.config import Settings
-from hybrimoe.errors import UsageError
+from hybrimoe.errors import HybrimoeError, UsageError
 
 if TYPE_CHECKING:
     from hybrimoe.engine import Engine, EngineOptions
     from hybrimoe.expert_options import ExpertOptions
     from hybrimoe.generation import Sampling
     from hybrimoe.models.recipe import DemoOptions
+
+_Engine = TypeVar("_Engine", bound="Engine")
 
 
 def is_model(text: str) -> bool:
@@ -88,6 +90,7 @@ def engine_options(settings: Settings) -> EngineOptions:
         plugin=settings.plugin,
         experts=expert_options(settings),
         trace=None if settings.trace is None else Path(settings.trace),
+        heat=bool(settings.values.get("live", False)),
     )
 
 
@@ -131,16 +134,54 @@ def sampling(settings: Settings) -> Sampling:
 
 
 @contextmanager
-def open_engine(settings: Settings, path: Path) -> Iterator[Engine]:
-    """The loaded engine, with progress while loading and warnings about what cannot be used; closed at the end."""
+def open_engine(settings: Settings, path: Path, command: str) -> Iterator[Engine]:
+    """The loaded engine, with progress while loading and warnings about what cannot be used; closed at the end.
+
+    `command` is what others see who watch ('hybrimoe top').
+    """
     from hybrimoe.engine import Engine
+
+    with load_engine(settings, path, Engine) as engine, watchable(settings, engine, command):
+        yield engine
+
+
+@contextmanager
+def watchable(settings: Settings, engine: Engine, command: str) -> Iterator[None]:
+    """While active, 'hybrimoe top' of the same user can watch the engine. What is in the way of that is no error."""
+    if not settings.live:
+        yield
+        return
+    from hybrimoe.live.snapshot import LiveSampler
+    from hybrimoe.live.sockets import LiveSocket
+
+    try:
+        live = LiveSocket(LiveSampler(engine, command).snapshot)
+    except HybrimoeError as error:
+        if settings.verbose:
+            warn(f"hybrimoe top cannot watch: {error.message}", "--no-live")
+        yield
+        return
+    with live:
+        yield
+
+
+@contextmanager
+def load_engine(
+    settings: Settings, path: Path, kind: type[_Engine], on_progress: Callable[[], None] = lambda: None
+) -> Iterator[_Engine]:
+    """`open_engine` for engines of any kind, and for nobody to watch. `on_progress` may raise to stop loading."""
     from hybrimoe.llama_log import llama_log
 
     llama_log().verbose = settings.verbose
     _warn_about_gpu(settings)
     options = with_starting_costs(engine_options(settings), path)
     with progress(f"loading {path.name} ({size_text(_total_bytes(path))})") as update:
-        engine = Engine(path, options, progress=update, on_trace_failure=warn)
+
+        def on_share(share: float) -> None:
+            on_progress()
+            update(share)
+
+        engine = kind(path, options, progress=on_share, on_trace_failure=warn)
     try:
         with engine:
             warn_unless_verified(engine)

@@ -31,7 +31,7 @@ def run(settings: Settings, positionals: list[str]) -> int:
     model, positional = split_positionals(settings, positionals)
     prompt = one_prompt(settings, positional)
     system = system_prompt(settings)
-    with open_engine(settings, model_path(model)) as engine:
+    with open_engine(settings, model_path(model), "run") as engine:
         verified = engine.verification is not None
         if settings.conversation:
             messages = [{"role": "system", "content": system}] if system else []

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server around one engine, on llama-cpp-python's server package."""
