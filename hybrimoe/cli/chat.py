@@ -11,7 +11,7 @@ from hybrimoe.cli import slash
 from hybrimoe.cli.console import is_terminal, note, show_error
 from hybrimoe.cli.loading import flush, model_path, open_engine, sampling, show_events, warn_unless_verified
 from hybrimoe.cli.prompt import decode, system_prompt
-from hybrimoe.cli.report import expert_table, footer
+from hybrimoe.cli.report import expert_table, footer, prediction_table
 from hybrimoe.cli.session import Session
 from hybrimoe.config import Settings
 from hybrimoe.errors import EXIT_INTERRUPTED, EXIT_OK, HybrimoeError, UsageError
@@ -115,7 +115,7 @@ class Chat:
         if self.settings.show_timings and answer.tokens:
             note(footer(engine, answer))
         if self.settings.expert_stats:
-            note(expert_table(engine))
+            note(expert_table(engine) + "\n" + prediction_table(engine))
 
 
 def _is_path(text: str) -> bool:

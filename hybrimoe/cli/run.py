@@ -17,7 +17,7 @@ from hybrimoe.cli.loading import (
     warn_unless_verified,
 )
 from hybrimoe.cli.prompt import one_prompt, system_prompt
-from hybrimoe.cli.report import expert_table, footer
+from hybrimoe.cli.report import expert_table, footer, prediction_table
 from hybrimoe.config import Settings
 from hybrimoe.errors import EXIT_INTERRUPTED
 
@@ -48,7 +48,7 @@ def run(settings: Settings, positionals: list[str]) -> int:
         elif settings.show_timings and answer.tokens:
             note(footer(engine, answer))
         if settings.expert_stats:
-            note(expert_table(engine))
+            note(expert_table(engine) + "\n" + prediction_table(engine))
     return code
 
 
