@@ -105,7 +105,8 @@ def _serve(settings: Settings, path: Path, api_key: str | None, bound: Any) -> i
         on_answer=_log_answer,
     )
     limits = Limits(parse_size(settings.max_request), settings.request_timeout)
-    options = ServerOptions(settings.host, settings.port, api_key, limits, grace_s=settings.grace)
+    header_s = min(15.0, settings.request_timeout)
+    options = ServerOptions(settings.host, settings.port, api_key, limits, header_s, settings.grace)
     if api_key is None and not is_loopback(settings.host):
         warn(f"everybody who can reach {settings.host} can use this server", "set LLAMA_API_KEY, or --host 127.0.0.1")
     note(f"listening on {url}, loading the model")
