@@ -18,11 +18,13 @@ from hybrimoe.trace.errors import TraceError
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = ["MAGIC", "VERSION", "Block", "pack_block", "pack_head", "read_blocks", "read_head"]
+__all__ = ["MAGIC", "MINOR_VERSION", "VERSION", "Block", "pack_block", "pack_head", "read_blocks", "read_head"]
 
 # A byte above 127 and both kinds of line end reveal a transfer as text (as PNG does it).
 MAGIC = b"\x93HMTRACE\r\n\x1a\n"
 VERSION = 1
+# Of additions that older readers skip.
+MINOR_VERSION = 1
 _HEAD = struct.Struct("<III")  # version, bytes of JSON, CRC of the JSON
 _BLOCK_MAGIC = b"HMBK"
 _FRAME = struct.Struct("<4sIQI")  # magic, bytes of JSON, bytes of arrays, CRC of both

@@ -29,6 +29,8 @@ class Note(enum.IntEnum):
     MEASURED = 66  # a layer was computed: x: us on the CPU, y: us on accelerators, z: us waited; a: 1 not planned
     ROUTED = 67  # as LAYER, of a layer that the runtime did not plan: the CPU computed it
     DROPPED = 68  # the recorder had no room for the `a` steps before the next one
+    PHASES = 69  # when the phases of a layer's block ended; see docs/trace-format.md
+    COPIED = 70  # copy `id` took the link from x to y, both us of the recorder's clock; z: bytes
 
 
 class StepKind(enum.IntEnum):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from hybrimoe.errors import UsageError, from_os_error
-from hybrimoe.trace.blocks import pack_block, pack_head
+from hybrimoe.trace.blocks import MINOR_VERSION, pack_block, pack_head
 from hybrimoe.trace.events import COLUMNS
 from hybrimoe.trace.files import replaceable
 from hybrimoe.trace.format import MAX_LOOKAHEAD, ModelIdentity, id_dtype
@@ -64,7 +64,7 @@ class TraceWriter:
         self._pending: dict[str, list[npt.NDArray[Any]]] = {}
         self._n_pending = 0
         model.check(self.path.name)
-        head: dict[str, Any] = {"model": asdict(model), "source": dict(source or {})}
+        head: dict[str, Any] = {"minor": MINOR_VERSION, "model": asdict(model), "source": dict(source or {})}
         if run is not None:
             head["run"] = dict(run)
         self._target = self.path

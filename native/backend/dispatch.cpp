@@ -103,6 +103,9 @@ ggml_status dispatcher::run_with_kernels(ggml_tensor ** nodes, const moe_block &
                                          const described_block & described, bool is_shared) {
     const kernel_executor::result done =
         kernels_->run(cpu_, nodes, block, described, n_threads_, is_shared ? &hybrid_ : nullptr);
+    if (is_shared) {
+        hybrid_.mark_kernels(done);
+    }
     layer_counters & counts = counters_->layer(block.layer);
     add(counts.router_ns, done.router_ns);
     add(counts.experts_ns, done.experts_ns);
@@ -162,6 +165,9 @@ ggml_status dispatcher::run_with_ggml(ggml_tensor ** nodes, const moe_block & bl
     }
     take_routing(block, shared);
     add(counts.router_ns, watch.lap_ns());
+    if (shared != nullptr) {
+        hybrid_.mark_router_end();
+    }
 
     if (shared != nullptr && hybrid_.only_records()) {
         hybrid_.route(ids_.data(), weights_.data(), scores_.empty() ? nullptr : scores_.data());
@@ -175,6 +181,9 @@ ggml_status dispatcher::run_with_ggml(ggml_tensor ** nodes, const moe_block & bl
         return status;
     }
     add(counts.experts_ns, watch.lap_ns());
+    if (shared != nullptr) {
+        hybrid_.mark_cpu_end();
+    }
 
     const size_t merge_bytes = ggml_nbytes(nodes[block.merge - 1]);
     status                   = cpu_.run(nodes + block.merge, block.end - block.merge, n_threads_for(merge_bytes));
@@ -216,6 +225,7 @@ ggml_status dispatcher::run_shared(const moe_block & block, const described_bloc
     pairs.ids            = ids_.data();
     pairs.weights        = weights_.data();
     ggml_status status   = rows_.run(cpu_, layout, pairs, take, n_threads_, false);
+    hybrid_.mark_cpu_end();
     hybrid_.finish();
     if (status == GGML_STATUS_SUCCESS && hybrid_.rest() != nullptr) {
         status = rows_.run(cpu_, layout, pairs, hybrid_.rest(), n_threads_, true);

@@ -194,6 +194,7 @@ kernel_executor::result kernel_executor::run(cpu_executor & cpu, ggml_tensor ** 
     const uint64_t end   = now_ns();
     out.router_ns        = experts_start_ns_ - start;
     out.experts_ns       = end - experts_start_ns_;
+    out.begin_ns         = start;
     return out;
 }
 

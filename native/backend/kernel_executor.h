@@ -59,6 +59,7 @@ public:
         ggml_status status  = GGML_STATUS_SUCCESS;
         uint64_t router_ns  = 0;
         uint64_t experts_ns = 0; // with the weighted sum, which the kernels fuse with the down product
+        uint64_t begin_ns   = 0; // when the router began, of std::chrono::steady_clock
     };
 
     // Runs router and experts; `cpu` supplies the threads. Afterwards ids() holds the step's expert ids. `share` may be

@@ -191,6 +191,8 @@ const key_reader readers[] = {
                  settings & out) { out.trace_bytes = read_count(key, value); }},
     {"trace_scores", [](const std::string & key, const json_value & value,
                         settings & out) { out.trace_scores = read_bool(key, value); }},
+    {"trace_spans", [](const std::string & key, const json_value & value,
+                       settings & out) { out.trace_spans = read_bool(key, value); }},
     {"route_trace", [](const std::string & key, const json_value & value,
                        settings & out) { out.route_trace = read_text(key, value); }},
     {"throttle_link_bytes_per_s", [](const std::string & key, const json_value & value,

@@ -62,6 +62,7 @@ struct settings {
     int64_t max_batch_tokens = 512;    // work memory that is reserved for prefill
     int64_t trace_bytes      = 0;      // ring of the recording; 0: nothing is recorded
     bool trace_scores        = true;   // ... with all router scores
+    bool trace_spans         = true;   // ... with when each phase of a block and each copy began and ended
     std::string route_trace;           // benchmark only: a file whose expert ids replace the router's
     double throttle_bytes_per_s = 0.0; // benchmark only: copies are no faster
     std::string state_path;            // residency is read from and written to this file; empty: not kept

@@ -136,6 +136,40 @@ void trace_recorder::add_measured(int layer, double cpu_us, double gpu_us, doubl
     });
 }
 
+void trace_recorder::add_phases(int layer, int64_t n_tokens, const block_times & times, bool planned) {
+    gather([&] {
+        hybrimoe_trace_event & e = new_event(trace_kind::phases, times.end);
+        e.layer                  = layer;
+        e.n_rows                 = static_cast<int32_t>(n_tokens);
+        e.a                      = times.n_cpu;
+        e.b                      = times.n_gpu;
+        e.c                      = (planned ? 1 : 0) | (times.gpu_is_known ? 2 : 0);
+        e.cpu_ready_us           = times.predicted_cpu;
+        e.gap_us                 = times.predicted_gpu;
+        e.x                      = times.predicted;
+        e.y                      = times.gpu_busy;
+        const double ends[]      = {times.begin,   times.router_end, times.launch_begin, times.launch_end,
+                                    times.cpu_end, times.wait_end,   times.end,          times.gpu_end};
+        static_assert(sizeof(ends) == sizeof(e.gpu_ready_us), "one column holds them all");
+        // A phase that did not take place ends where it begins.
+        double last = times.begin;
+        for (size_t i = 0; i < max_devices; i++) {
+            last              = i + 1 == max_devices ? std::max(e.gpu_ready_us[2], ends[i]) : std::max(last, ends[i]);
+            e.gpu_ready_us[i] = last;
+        }
+    });
+}
+
+void trace_recorder::add_copied(int64_t id, double begin_us, double end_us, double bytes, double now_us) {
+    gather([&] {
+        hybrimoe_trace_event & e = new_event(trace_kind::copied, now_us);
+        e.id                     = id;
+        e.x                      = begin_us;
+        e.y                      = end_us;
+        e.z                      = bytes;
+    });
+}
+
 void trace_recorder::add_costs(const std::string & json, double now_us) {
     gather([&] {
         const auto at            = static_cast<int64_t>(text_.size());

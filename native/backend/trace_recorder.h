@@ -29,15 +29,35 @@ enum class trace_kind : int32_t {
     transfer   = 65,
     measured   = 66,
     routed     = 67,
+    phases     = 69,
+    copied     = 70,
+};
+
+// When the phases of one block ended, microseconds of the instance's clock; each begins where the one before it ended.
+struct block_times {
+    double begin        = 0.0; // of the router
+    double router_end   = 0.0; // then look-ahead and planning
+    double launch_begin = 0.0;
+    double launch_end   = 0.0; // then the CPU's experts
+    double cpu_end      = 0.0;
+    double wait_end     = 0.0; // for accelerators; then the merge
+    double end          = 0.0;
+    double gpu_end      = 0.0;   // of the accelerators' experts, which begin at launch_begin
+    double gpu_busy     = 0.0;   // summed over accelerators
+    bool gpu_is_known   = false; // measured; else what the cost model says
+    double predicted = 0.0, predicted_cpu = 0.0, predicted_gpu = 0.0; // of the plan, from launch_begin on
+    int n_cpu = 0, n_gpu = 0;                                         // experts
 };
 
 // All but pop() and the counts are for the computing thread.
 class trace_recorder {
 public:
-    trace_recorder(size_t ring_bytes, bool with_scores) : ring_(ring_bytes), with_scores_(with_scores) {}
+    trace_recorder(size_t ring_bytes, bool with_scores, bool with_spans)
+        : ring_(ring_bytes), with_scores_(with_scores), with_spans_(with_spans) {}
 
     bool is_on() const { return on_.load(std::memory_order_relaxed); }
     bool with_scores() const { return with_scores_; }
+    bool with_spans() const { return with_spans_; }
 
     // A pass begins; the one before it is handed over.
     void begin_pass(int64_t n_tokens, double now_us);
@@ -51,6 +71,9 @@ public:
     // Of the layer added last: device per expert (below 0: the CPU), and times.
     void add_devices(const std::vector<int32_t> & where);
     void add_measured(int layer, double cpu_us, double gpu_us, double wait_us, double now_us, bool planned);
+    void add_phases(int layer, int64_t n_tokens, const block_times & times, bool planned);
+    // A copy that has ended, with its own time on the link.
+    void add_copied(int64_t id, double begin_us, double end_us, double bytes, double now_us);
     // An event without arrays; the fields mean what docs/trace-format.md says for its kind.
     void add(trace_kind kind, double now_us, int layer = 0, int64_t id = 0, int a = 0, int b = 0, int c = 0);
     // The cost section of a calibration, JSON.
@@ -76,7 +99,7 @@ private:
     template <class body> void gather(body run);
 
     trace_ring ring_;
-    const bool with_scores_;
+    const bool with_scores_, with_spans_;
     std::atomic<bool> on_{true};
 
     // The pass at hand.

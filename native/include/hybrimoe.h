@@ -41,6 +41,7 @@ HYBRIMOE_API const char * hybrimoe_check_ggml(void);
 //   "state_path"        file that keeps which experts were resident
 //   "trace"             bytes of the ring that records what the instance does (see below); 0: nothing is recorded
 //   "trace_scores"      record all router scores too
+//   "trace_spans"       record when each phase of a block and each copy began and ended
 //   "route_trace", "throttle_link_bytes_per_s", "faults"  for benchmarks and tests
 // The environment variable HYBRIMOE_CONFIG holds the same for hosts that do not call this. Returns 0, or -1 with a
 // message in `error` and nothing changed.

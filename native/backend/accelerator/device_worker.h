@@ -18,8 +18,13 @@ namespace hybrimoe {
 // The clock of one instance: microseconds since it was made.
 class step_clock {
 public:
-    double now_us() const {
-        return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - start_).count();
+    double now_us() const { return of_us(std::chrono::steady_clock::now()); }
+    double of_us(std::chrono::steady_clock::time_point then) const {
+        return std::chrono::duration<double, std::micro>(then - start_).count();
+    }
+    // Of a moment in nanoseconds of std::chrono::steady_clock.
+    double of_ns(uint64_t steady_ns) const {
+        return of_us(std::chrono::steady_clock::time_point(std::chrono::nanoseconds(steady_ns)));
     }
 
 private:

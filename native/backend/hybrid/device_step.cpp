@@ -26,9 +26,23 @@ accelerator::~accelerator() {
     }
 }
 
-void device_step::begin(const expert_layout & layout, const routed_pairs & pairs) {
-    layout_ = &layout;
-    pairs_  = pairs;
+template <class body> bool device_step::timed(body run) {
+    if (!is_timed_) {
+        return run();
+    }
+    const auto begin = std::chrono::steady_clock::now();
+    const bool ok    = run();
+    computed_until_  = std::chrono::steady_clock::now();
+    computed_us_ += std::chrono::duration<double, std::micro>(computed_until_ - begin).count();
+    return ok;
+}
+
+void device_step::begin(const expert_layout & layout, const routed_pairs & pairs, bool timed) {
+    is_timed_       = timed;
+    computed_us_    = 0.0;
+    computed_until_ = {};
+    layout_         = &layout;
+    pairs_          = pairs;
     items_.clear();
     batch_open_ = batch_sum_ = false;
     abandoned_ = pending_ = false;
@@ -154,7 +168,7 @@ void device_step::launch_lane(int lane, bool waiting) {
     request.experts  = experts_.data();
     request.n        = static_cast<int>(slots_.size());
     request.lane     = lane;
-    const bool ok    = device_.compute.launch_rows(request);
+    const bool ok    = timed([&] { return device_.compute.launch_rows(request); });
     for (const size_t i : which) {
         items_[i].done = ok && lane_row_[i].first == lane;
     }
@@ -184,7 +198,7 @@ void device_step::launch_items(const size_t * which, size_t n) {
         }
     }
     int64_t row   = 0;
-    const bool ok = device_.compute.launch_chunk(*layout_, *items_[which[0]].on, chunk_, row);
+    const bool ok = timed([&] { return device_.compute.launch_chunk(*layout_, *items_[which[0]].on, chunk_, row); });
     for (size_t i = 0; i < n; i++) {
         items_[which[i]].done = ok;
         for (const int32_t pair : pairs_of_[which[i]]) {
@@ -231,7 +245,7 @@ void device_step::run_batch_stage(size_t stage) {
 void device_step::end_batch() {
     bool ok = false;
     if (pairs_.exact) {
-        ok = device_.compute.end_batch_with_rows();
+        ok = timed([&] { return device_.compute.end_batch_with_rows(); });
     } else {
         // Each token's rows of this device, moved to the left.
         int64_t n_k = 0;
@@ -254,7 +268,7 @@ void device_step::end_batch() {
                 }
             }
         }
-        ok         = device_.compute.end_batch_with_sum(sum_rows_.data(), sum_weights_.data(), n_k);
+        ok = timed([&] { return device_.compute.end_batch_with_sum(sum_rows_.data(), sum_weights_.data(), n_k); });
         batch_sum_ = ok;
     }
     for (device_item & item : items_) {

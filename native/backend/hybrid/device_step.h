@@ -68,7 +68,7 @@ class device_step : public worker_call {
 public:
     explicit device_step(accelerator & device) : device_(device) {}
 
-    void begin(const expert_layout & layout, const routed_pairs & pairs);
+    void begin(const expert_layout & layout, const routed_pairs & pairs, bool timed);
     std::vector<device_item> & items() { return items_; }
     const std::vector<device_item> & items() const { return items_; }
     bool has_work() const { return !items_.empty(); }
@@ -79,6 +79,10 @@ public:
     // Waits until all is computed, or until the timeout has passed with a copy outstanding: then the items that wait
     // are not done, and the step is abandoned (true).
     bool finish(double timeout_us);
+
+    // Of a device that computes within the call, since begin() was told to time it.
+    double computed_us() const { return computed_us_; }
+    std::chrono::steady_clock::time_point computed_until() const { return computed_until_; }
 
     // Row [n_embd] of pair (token, k), from finish until the next begin; null where this device has none. With a batch
     // only if rows were wanted exactly.
@@ -96,6 +100,7 @@ private:
     void begin_batch();
     void launch_items(const size_t * which, size_t n);
     void end_batch();
+    template <class body> bool timed(body run);
 
     accelerator & device_;
     const expert_layout * layout_ = nullptr;
@@ -115,6 +120,10 @@ private:
     pair_list chunk_;
     bool batch_open_ = false;
     bool batch_sum_  = false; // the result is one row per token
+
+    bool is_timed_      = false;
+    double computed_us_ = 0.0;
+    std::chrono::steady_clock::time_point computed_until_;
 
     std::mutex mutex_;
     std::condition_variable done_;

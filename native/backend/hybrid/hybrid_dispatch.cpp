@@ -24,7 +24,8 @@ hybrid_dispatch::hybrid_dispatch(const settings & config, std::shared_ptr<counte
                                  const kernels::kernel_set * kernels)
     : config_(config), counters_(std::move(data)), timer_(timer), kernels_(kernels), log_(config.log_to_stderr) {
     if (config_.trace_bytes > 0) {
-        recorder_ = std::make_unique<trace_recorder>(static_cast<size_t>(config_.trace_bytes), config_.trace_scores);
+        recorder_ = std::make_unique<trace_recorder>(static_cast<size_t>(config_.trace_bytes), config_.trace_scores,
+                                                     config_.trace_spans);
     }
 }
 
@@ -79,7 +80,11 @@ bool hybrid_dispatch::prepare(const moe_block & block, const described_block & d
             on_pass_end();
         }
     }
-    last_layer_     = layer_;
+    last_layer_ = layer_;
+    if (has_spans()) {
+        times_       = {};
+        times_.begin = clock_.now_us();
+    }
     n_expert_       = block.n_expert;
     pairs_          = {};
     pairs_.n_tokens = block.n_tokens();
@@ -234,6 +239,7 @@ void hybrid_dispatch::take_results() {
                 if (runtime_->on_complete(result.id, now).ok()) {
                     note_copy(trace_kind::complete, result.id, now);
                 }
+                note_copied(result, now);
                 if (live_) {
                     estimator_.observe_copy(static_cast<int>(d), result.bytes, result.us, now);
                 }
@@ -354,7 +360,7 @@ void hybrid_dispatch::share_out() {
     next_scratch_   = 0;
     cpu_loads_.clear();
     for (size_t d = 0; d < devices_.size(); d++) {
-        steps_[d]->begin(layout, pairs_);
+        steps_[d]->begin(layout, pairs_, has_spans());
         orders_[d].clear();
     }
     for (const bool loading : {false, true}) {
@@ -400,6 +406,9 @@ void hybrid_dispatch::share_out() {
             n_gpu_++;
             where_[static_cast<size_t>(w.expert)] = plan.placements[i].device;
         }
+    }
+    if (has_spans()) {
+        times_.launch_begin = clock_.now_us();
     }
     for (size_t d = 0; d < devices_.size(); d++) {
         if (steps_[d]->has_work()) {
@@ -448,7 +457,8 @@ const uint8_t * hybrid_dispatch::route(int32_t * ids, const float * weights, con
         for (size_t p = 0; p < n_pairs; p++) {
             take_[p] = where_[static_cast<size_t>(ids[p])] == cpu_device ? 1 : 0;
         }
-        route_end_us_ = clock_.now_us();
+        route_end_us_     = clock_.now_us();
+        times_.launch_end = route_end_us_;
         return n_gpu_ == 0 ? nullptr : take_.data();
     } catch (const std::exception & error) {
         // Nothing may leave the team's region. What was launched is waited for in finish().

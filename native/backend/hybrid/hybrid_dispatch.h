@@ -48,6 +48,11 @@ public:
     bool wants_scores() const override;
     void look_ahead(int thread, int n_threads) override;
 
+    // For the recording: when the block at hand began, its router and its CPU's experts ended, on the calling thread.
+    void mark_router_end();
+    void mark_cpu_end();
+    void mark_kernels(const kernel_executor::result & done);
+
     // After the CPU's pairs are computed: waits for the accelerators. What they could not compute is left to the CPU:
     // rest() then says which pairs ([top_k, n_tokens]), else it is null.
     void finish();
@@ -112,9 +117,12 @@ private:
     bool is_recording() const { return recorder_ != nullptr && recorder_->is_on(); }
     void note(trace_kind kind, int layer = 0, int a = 0, int b = 0, int c = 0);
     void note_copy(trace_kind kind, int64_t id, double now_us);
+    void note_copied(const copy_result & result, double now_us);
     void note_costs();
     void note_unplanned(const float * scores);
     void note_step(double wait_begin_us, double end_us);
+    void note_gpu_times(double wait_begin_us, double end_us);
+    bool has_spans() const { return is_recording() && recorder_->with_spans(); }
     void note_block_end();
 
     // in a step
@@ -183,6 +191,7 @@ private:
     std::unique_ptr<trace_recorder> recorder_; // null: nothing is recorded
     std::string recorded_costs_;               // those the runtime was made with
     double unplanned_us_ = 0.0;                // when a block that was not planned was routed
+    block_times times_;                        // of the block at hand, where spans are recorded
 
     mutable std::mutex mutex_; // runtime_ and what describe_state reads
 };

@@ -57,6 +57,7 @@ std::string hybrid_dispatch::describe_state() const {
                                        {"n_streamed", stats.n_transfers[1]},
                                        {"n_admitted", stats.n_transfers[2]},
                                        {"n_prefetched", stats.n_transfers[3]},
+                                       {"n_prefetch_used", runtime_->cache().stats().n_prefetch_used},
                                        {"prefetch_useful_bytes", stats.prefetch_useful_bytes},
                                        {"prefetch_late_bytes", stats.prefetch_late_bytes},
                                        {"prefetch_wasted_bytes", stats.prefetch_wasted_bytes},

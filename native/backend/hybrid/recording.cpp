@@ -4,9 +4,13 @@
 
 #include "nlohmann/json.hpp"
 
+#include <algorithm>
+
 namespace hybrimoe {
 
 namespace {
+
+constexpr double least_wait_us = 5.0; // a shorter wait says nothing about the accelerator's time
 
 nlohmann::json counters_of(const runtime & rt) {
     const runtime_stats & s = rt.stats();
@@ -58,6 +62,32 @@ void hybrid_dispatch::note_copy(trace_kind kind, int64_t id, double now_us) {
     }
 }
 
+void hybrid_dispatch::note_copied(const copy_result & result, double now_us) {
+    if (has_spans()) {
+        recorder_->add_copied(result.id, result.end_us - result.us, result.end_us, result.bytes, now_us);
+    }
+}
+
+void hybrid_dispatch::mark_router_end() {
+    if (has_spans()) {
+        times_.router_end = clock_.now_us();
+    }
+}
+
+void hybrid_dispatch::mark_cpu_end() {
+    if (has_spans()) {
+        times_.cpu_end = clock_.now_us();
+    }
+}
+
+void hybrid_dispatch::mark_kernels(const kernel_executor::result & done) {
+    if (has_spans()) {
+        times_.begin      = clock_.of_ns(done.begin_ns);
+        times_.router_end = clock_.of_ns(done.begin_ns + done.router_ns);
+        times_.cpu_end    = clock_.of_ns(done.begin_ns + done.router_ns + done.experts_ns);
+    }
+}
+
 void hybrid_dispatch::note_costs() {
     if (is_recording()) {
         recorder_->add_costs(describe_costs(costs_), clock_.now_us());
@@ -76,12 +106,52 @@ void hybrid_dispatch::note_unplanned(const float * scores) {
     recorder_->add_layer(event, book_.max_experts(), unplanned_us_, false);
 }
 
+// What accelerators did of a planned block. ggml does not tell how long a graph ran on an asynchronous device: where it
+// was waited for and nothing else held it up, it is known; else the cost model's time stands in.
+void hybrid_dispatch::note_gpu_times(double wait_begin_us, double end_us) {
+    const layer_plan & plan = decision_->plan;
+    times_.wait_end         = end_us;
+    times_.predicted        = plan.makespan_us;
+    times_.predicted_cpu    = plan.cpu_end_us;
+    times_.gpu_is_known     = true;
+    times_.n_cpu            = n_cpu_;
+    times_.n_gpu            = n_gpu_;
+    for (size_t d = 0; d < devices_.size(); d++) {
+        if (!steps_[d]->has_work()) {
+            continue;
+        }
+        const int index  = static_cast<int>(d);
+        double predicted = costs_.step_us(index);
+        bool is_waiting  = false;
+        for (const device_item & item : steps_[d]->items()) {
+            predicted += costs_.t_gpu(layer_, index, item.n_tokens);
+            is_waiting = is_waiting || item.transfer != 0;
+        }
+        times_.predicted_gpu += predicted;
+        if (devices_[d]->port.is_cpu()) { // computes within the call
+            times_.gpu_busy += steps_[d]->computed_us();
+            times_.gpu_end = std::max(times_.gpu_end, clock_.of_us(steps_[d]->computed_until()));
+            continue;
+        }
+        const double begin_us  = times_.launch_begin;
+        const bool was_waited  = end_us - wait_begin_us > least_wait_us;
+        times_.gpu_is_known    = times_.gpu_is_known && was_waited && !is_waiting;
+        const double until_us  = was_waited ? end_us : std::min(wait_begin_us, begin_us + predicted);
+        times_.gpu_end         = std::max(times_.gpu_end, until_us);
+        const double passed_us = until_us - begin_us;
+        times_.gpu_busy += is_waiting ? std::min(passed_us, predicted) : passed_us;
+    }
+}
+
 // A planned block, when the accelerators are done.
 void hybrid_dispatch::note_step(double wait_begin_us, double end_us) {
     if (!is_recording()) {
         return;
     }
     const bool is_gpu = n_gpu_ > 0;
+    if (has_spans()) {
+        note_gpu_times(wait_begin_us, end_us);
+    }
     recorder_->add_devices(where_);
     recorder_->add_measured(layer_, wait_begin_us - route_end_us_, is_gpu ? end_us - route_end_us_ : 0.0,
                             is_gpu ? end_us - wait_begin_us : 0.0, end_us, true);
@@ -97,6 +167,10 @@ void hybrid_dispatch::note_block_end() {
         recorder_->add(trace_kind::layer_done, now_us, layer_);
     } else {
         recorder_->add_measured(layer_, now_us - unplanned_us_, 0.0, 0.0, now_us, false);
+    }
+    if (recorder_->with_spans()) {
+        times_.end = now_us;
+        recorder_->add_phases(layer_, pairs_.n_tokens, times_, routed_);
     }
     // Which layer is the last one is known once all have been seen.
     if (phase_ != phase::learning && layer_ == book_.n_layers() - 1) {
