@@ -109,7 +109,6 @@ def _serve(settings: Settings, path: Path, api_key: str | None, bound: Any) -> i
     options = ServerOptions(settings.host, settings.port, api_key, limits, header_s, settings.grace)
     if api_key is None and not is_loopback(settings.host):
         warn(f"everybody who can reach {settings.host} can use this server", "set LLAMA_API_KEY, or --host 127.0.0.1")
-    note(f"listening on {url}, loading the model")
     with contextlib.ExitStack() as stack:
         if settings.live:
             with contextlib.suppress(HybrimoeError):

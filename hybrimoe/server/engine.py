@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -68,6 +69,15 @@ class ServerEngine(Engine):
             after = self._expert_sums()
             usage.experts = {name: after[name] - counters_before.get(name, 0) for name in after}
             self.after_answer()
+
+    def detokenize(self, tokens: Sequence[int], prev_tokens: Any = None, special: bool = False) -> bytes:
+        """As the engine's, with U+FFFD for bytes that begin no character; an unfinished one at the end stays.
+
+        The package holds a stream back until its text can be decoded, which one wrong byte would prevent for good.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        text = decoder.decode(super().detokenize(tokens, prev_tokens, special))
+        return text.encode() + bytes(decoder.getstate()[0])
 
     def after_answer(self) -> None:
         if self.counters():

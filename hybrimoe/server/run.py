@@ -61,26 +61,24 @@ def shown_url(bound: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def serve(service: Service, options: ServerOptions, bound: socket.socket, on_stop: Callable[[str], None]) -> int:
+def serve(service: Service, options: ServerOptions, bound: socket.socket, note: Callable[[str], None]) -> int:
     """Serves on `bound` until a signal. Returns the exit code; raises what loading the engine raised.
 
     The first SIGINT or SIGTERM lets answers end within the grace period, the second cuts them.
     """
     local_only = options.api_key is None and is_loopback(options.host)
     gate = Gate(make_app(service), options.limits, options.api_key, local_only=local_only)
-    return asyncio.run(
-        _Run(service, options, make_server(gate, header_s=options.header_s), on_stop).until_stopped(bound)
-    )
+    return asyncio.run(_Run(service, options, make_server(gate, header_s=options.header_s), note).until_stopped(bound))
 
 
 class _Run:
     def __init__(
-        self, service: Service, options: ServerOptions, server: QuietServer, on_stop: Callable[[str], None]
+        self, service: Service, options: ServerOptions, server: QuietServer, note: Callable[[str], None]
     ) -> None:
         self._worker = service.worker
         self._options = options
         self._server = server
-        self._on_stop = on_stop
+        self._note = note
         self._signals: list[int] = []
         self._ended = asyncio.Event()
 
@@ -89,6 +87,8 @@ class _Run:
         self._ended = asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal, number)
+        # Said only now: whoever reads it may send signals.
+        self._note(f"listening on {shown_url(bound)}, loading the model")
         worker = self._worker
 
         def on_end() -> None:
@@ -121,7 +121,7 @@ class _Run:
         if len(self._signals) == 1:
             busy = self._worker.is_busy or self._worker.n_waiting
             more = f": answers have {self._options.grace_s:g} s to end, a second Ctrl-C cuts them"
-            self._on_stop("stopping" + (more if busy else ""))
+            self._note("stopping" + (more if busy else ""))
             self._worker.stop(self._options.grace_s)
         else:
             self._worker.cut()
