@@ -8,6 +8,7 @@ header (the length of the model, some kilobytes on the disk).
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -25,7 +26,7 @@ from hybrimoe.errors import HybrimoeError, ModelError
 if TYPE_CHECKING:
     from hybrimoe.gguf_model import GgufModel
 
-__all__ = ["Buffers", "LoadShape", "dry_load"]
+__all__ = ["Buffers", "LlamaCrashError", "LoadShape", "dry_load"]
 
 _TIMEOUT_S = 120
 _MIB = 1 << 20
@@ -34,6 +35,16 @@ _MEMORY_SIZE = re.compile(r"^(llama_kv_cache\w*|llama_memory_recurrent): size = 
 _COMPUTE_SIZE = re.compile(r"^\w+: +(\S+) compute buffer size = +([\d.]+) MiB")
 _GRAPH_NODES = re.compile(r"^sched_reserve: graph.*: nodes = (\d+)(?: / (\d+))?")
 _OUTPUT_SIZE = re.compile(r"^\w+: +(\S+) +output buffer size = +([\d.]+) MiB")
+# ggml's macros and the C++ library, without the path of the source in front.
+_LAST_WORD = re.compile(r"[\w.-]+\.(?:c|cpp|h):\d+: .*|what\(\): .*")
+
+
+class LlamaCrashError(HybrimoeError):
+    """llama.cpp ended the process that asked it, or did not come to an end; `reason` is its last word."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"llama.cpp could not be asked for its buffers: {reason}", "hybrimoe doctor")
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -74,8 +85,8 @@ class Buffers:
 def dry_load(model: GgufModel, shape: LoadShape) -> Buffers:
     """Asks llama.cpp. `model` may come from headers alone.
 
-    Raises ModelError when llama.cpp refuses the model, HybrimoeError when it cannot be asked (not installed, no room
-    for a sparse file, or it crashed).
+    Raises ModelError when llama.cpp refuses the model, LlamaCrashError when it dies of it, HybrimoeError when it cannot
+    be asked (not installed, no room for a sparse file).
     """
     if all(t.offset + t.n_bytes <= _file_bytes(t.path) for t in model.tensors):
         return _in_child(model.path, shape)
@@ -113,8 +124,12 @@ def _in_child(path: Path, shape: LoadShape) -> Buffers:
         done = subprocess.run(
             command, input=request, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT_S, check=False
         )
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired as error:
+        raise LlamaCrashError(f"it did not come to an end within {_TIMEOUT_S} s") from error
+    except OSError as error:
         raise HybrimoeError(f"llama.cpp could not be asked for its buffers: {error}", "hybrimoe doctor") from error
+    if done.returncode < 0:
+        raise LlamaCrashError(_last_word(done.stderr, done.returncode))
     try:
         answer = json.loads(done.stdout.strip().splitlines()[-1])
     except (ValueError, IndexError):
@@ -124,6 +139,18 @@ def _in_child(path: Path, shape: LoadShape) -> Buffers:
     if "error" in answer:
         raise ModelError(f"llama.cpp cannot load '{path.name}': {answer['error']}", "hybrimoe models show")
     return Buffers(**answer)
+
+
+def _last_word(text: str, returncode: int) -> str:
+    """What a process that a signal ended said: ggml's assertion, else the signal's name."""
+    import signal
+
+    for line in text.splitlines():
+        if match := _LAST_WORD.search(line):
+            return match[0].strip()
+    with contextlib.suppress(ValueError):
+        return f"ended by {signal.Signals(-returncode).name}"
+    return f"ended by signal {-returncode}"
 
 
 # In the child.

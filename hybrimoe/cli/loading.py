@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hybrimoe.engine import Engine, EngineOptions
     from hybrimoe.expert_options import ExpertOptions
     from hybrimoe.generation import Sampling
+    from hybrimoe.gguf_model import GgufModel
     from hybrimoe.models.recipe import DemoOptions
 
 _Engine = TypeVar("_Engine", bound="Engine")
@@ -170,11 +171,16 @@ def load_engine(
     settings: Settings, path: Path, kind: type[_Engine], on_progress: Callable[[], None] = lambda: None
 ) -> Iterator[_Engine]:
     """`open_engine` for engines of any kind, and for nobody to watch. `on_progress` may raise to stop loading."""
+    from hybrimoe.expert_options import default_state_dir
+    from hybrimoe.gguf_model import inspect
     from hybrimoe.llama_log import llama_log
+    from hybrimoe.proof import prove
 
     llama_log().verbose = settings.verbose
     _warn_about_gpu(settings)
-    options = with_starting_costs(engine_options(settings), path)
+    model = inspect(path).require_moe()
+    prove(model, default_state_dir() / "proofs")
+    options = with_starting_costs(engine_options(settings), model)
     with progress(f"loading {path.name} ({size_text(_total_bytes(path))})") as update:
 
         def on_share(share: float) -> None:
@@ -191,15 +197,14 @@ def load_engine(
         _note_recording(engine)
 
 
-def with_starting_costs(options: EngineOptions, path: Path) -> EngineOptions:
+def with_starting_costs(options: EngineOptions, model: GgufModel) -> EngineOptions:
     """The options with the costs that sharing experts starts from; measures the machine where they are unknown."""
     from dataclasses import replace
 
-    from hybrimoe.gguf_model import inspect
     from hybrimoe.starting_costs import starting_costs
 
     with progress("measuring this machine, once") as update:
-        found = starting_costs(options, inspect(path).require_moe(), update)
+        found = starting_costs(options, model, update)
     for text in found.warnings:
         warn(text, "hybrimoe probe")
     for text in found.notes:

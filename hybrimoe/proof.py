@@ -1,0 +1,69 @@
+"""Proof that llama.cpp survives a model file's header: it is loaded in a child process before it is loaded here.
+
+llama.cpp checks much of a file with assertions that end the process. Nobody foresees all of them, so a header that was
+never loaded on this machine is first loaded, without weights, where that costs nothing but a child. A proof is
+remembered by the header's hash and llama.cpp's release.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hybrimoe.errors import HybrimoeError, ModelError
+from hybrimoe.gguf_header import DOWNLOAD_HINT, read_header
+
+if TYPE_CHECKING:
+    from hybrimoe.gguf_model import GgufModel
+
+__all__ = ["header_hash", "prove"]
+
+# Small: a context costs time, and its size is the user's affair.
+_N_CTX, _N_BATCH = 256, 32
+
+
+def header_hash(model: GgufModel) -> str:
+    """Of everything before the weights in all parts, the parts' sizes, and llama.cpp's release."""
+    import llama_cpp
+
+    digest = hashlib.sha256(llama_cpp.__version__.encode())
+    for part in model.parts:
+        end = read_header(part).data_offset
+        with part.open("rb") as file:
+            digest.update(f"\n{part.stat().st_size} {end}\n".encode())
+            while end > 0 and (chunk := file.read(min(end, 1 << 20))):
+                digest.update(chunk)
+                end -= len(chunk)
+    return digest.hexdigest()
+
+
+def prove(model: GgufModel, folder: Path) -> bool:
+    """Loads the header in a child, unless that was done before; proofs are kept in `folder`. Returns whether it ran.
+
+    Raises ModelError when the child was ended by llama.cpp. What llama.cpp merely refuses is left to the real load,
+    which says why; so is a file for which no child can be started.
+    """
+    from hybrimoe.dry_load import LlamaCrashError, LoadShape, dry_load
+
+    try:
+        proof = folder / header_hash(model)
+    except OSError:
+        return False
+    if proof.exists():
+        return False
+    try:
+        dry_load(model, LoadShape(n_ctx=_N_CTX, n_batch=_N_BATCH, n_ubatch=_N_BATCH))
+    except LlamaCrashError as error:
+        raise ModelError(
+            f"'{model.path.name}' makes llama.cpp end the process: {error.reason}", DOWNLOAD_HINT
+        ) from error
+    except HybrimoeError:
+        return True
+    # Without a place to remember it, the proof is made again the next time.
+    with contextlib.suppress(OSError):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.close(os.open(proof, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+    return True
