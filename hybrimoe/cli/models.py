@@ -23,7 +23,7 @@ _USUAL_CTX = 4096
 
 def make_app() -> typer.Typer:
     """The commands below `hybrimoe models`."""
-    app = typer.Typer(help="Local models: list, show, build.", context_settings=HELP_NAMES, rich_markup_mode=None)
+    app = typer.Typer(help="Local models: list, show, pull, build.", context_settings=HELP_NAMES, rich_markup_mode=None)
 
     @app.callback(invoke_without_command=True)
     def start(context: typer.Context) -> None:
@@ -42,6 +42,27 @@ def make_app() -> typer.Typer:
     ) -> None:
         """Show what a model consists of: architecture, experts, bytes per expert and layer."""
         finish(lambda: _show(model, as_json))
+
+    @app.command(context_settings=HELP_NAMES)
+    def pull(
+        repo: Annotated[str, typer.Argument(metavar="USER/REPO[:QUANT]", help="A repository of a Hugging Face hub.")],
+        list_: Annotated[
+            bool,
+            typer.Option("--list/--no-list", help="List what it offers with experts.", show_default=False),
+        ] = False,
+        force: Annotated[
+            bool, typer.Option("--force/--no-force", help="Download what does not fit here, too.", show_default=False)
+        ] = False,
+        as_json: Annotated[bool, _JSON] = False,
+    ) -> None:
+        """Download a model with experts, if it fits this machine. Prints the file's path.
+
+        Hashes are checked; an interrupted download goes on when the command is given again. HF_TOKEN and HF_ENDPOINT
+        are honoured.
+        """
+        from hybrimoe.cli import hub
+
+        finish(lambda: hub.list_offers(repo, as_json) if list_ else hub.pull(repo, force=force, as_json=as_json))
 
     @app.command(context_settings=HELP_NAMES)
     def build(

@@ -50,15 +50,28 @@ def command(
         inspect.Parameter(
             "hf_repo",
             inspect.Parameter.KEYWORD_ONLY,
-            annotation=Annotated[str | None, typer.Option("-hf", "-hfr", "--hf-repo", hidden=True)],
+            annotation=Annotated[
+                str | None,
+                typer.Option(
+                    "-hf",
+                    "-hfr",
+                    "--hf-repo",
+                    metavar="USER/REPO[:QUANT]",
+                    help="Model from a Hugging Face hub, downloaded where it is missing.",
+                    rich_help_panel="Model and speed",
+                ),
+            ],
             default=None,
         ),
     ]
 
     def invoke(positionals: list[str] | None, print_config: bool, hf_repo: str | None, **flags: Any) -> None:
-        if hf_repo is not None:
-            # Known only to be refused: unknown, it would be read as `-h -f` and print the help.
-            raise UsageError("models cannot be downloaded with -hf yet", "download the GGUF file and give its path")
+        if hf_repo is not None and not print_config:
+            if flags.get("model") is not None:
+                raise UsageError("the model is given twice, by -m and by -hf")
+            from hybrimoe.cli.hub import model_from_hub
+
+            flags["model"] = str(model_from_hub(hf_repo, header_only=name == "plan" or bool(flags.get("dry_run"))))
         settings = config.resolve(options, flags, known=ALL_OPTIONS)
         if print_config:
             print(settings.describe())
