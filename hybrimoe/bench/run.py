@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -21,7 +20,7 @@ from hybrimoe.errors import DoesNotFitError
 if TYPE_CHECKING:
     from hybrimoe.gguf_model import GgufModel
 
-__all__ = ["BenchOptions", "measure"]
+__all__ = ["BenchOptions", "describe_machine", "measure", "measure_stock"]
 
 Notify = Callable[[str], None]
 Progress = Callable[[str, float], None]
@@ -166,6 +165,20 @@ def _guessed_n_cpu_moe(model: GgufModel, setup: Setup, n_ctx: int) -> int:
     return n_on_cpu
 
 
+def measure_stock(worker: WorkerOptions, setup: Setup, tests: Sequence[Test], n_repetitions: int) -> list[Row]:
+    """Plain llama.cpp alone. Raises as `measure`."""
+    options = BenchOptions(tests, [setup], n_repetitions, worker)
+    side = _open(options, setup, False, lambda text: None)
+    try:
+        rows = [side.row(test) for test in tests]
+        for row in rows:
+            for i in range(n_repetitions):
+                side.run(row, i, 0.0)
+        return rows
+    finally:
+        side.close()
+
+
 def _together(options: BenchOptions, setup: Setup, notify: Notify, at: Progress) -> Iterator[list[Row]]:
     kinds = (False, True) if options.stock else (True,)
     with ExitStack() as stack:
@@ -221,7 +234,3 @@ def describe_machine() -> str:
     cpu = machine.cpu()
     gpus = "".join(f", {gpu.name}" for gpu in machine.gpus())
     return f"{cpu.name}, {cpu.n_cores} cores, {machine.memory().total_bytes / 2**30:.0f} GiB{gpus}"
-
-
-def to_json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)

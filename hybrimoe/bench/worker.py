@@ -10,7 +10,6 @@ import ctypes
 import json
 import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -95,6 +94,7 @@ class Worker:
     """A loaded model with its tokens. Times are of `llama_decode` and the wait for its result, nothing else."""
 
     def __init__(self, options: WorkerOptions) -> None:
+        from hybrimoe.decoding import Decoder
         from hybrimoe.engine import Engine
         from hybrimoe.llama_log import llama_log
 
@@ -102,19 +102,15 @@ class Worker:
         llama_log().verbose = options.verbose
         self.setup = Setup(**options.setup)
         self.engine: Engine = Engine(self.setup.model, engine_options(options))
-        self._memory = self.engine._ctx.ctx
+        self._decoder = Decoder(self.engine)
         self._stream = self._tokens()
         self._state: tuple[int, ctypes.Array[ctypes.c_uint8]] | None = None
 
     def _tokens(self) -> list[int]:
         from hybrimoe.bench.tokens import token_stream
 
-        engine = self.engine
-
-        def tokenize(text: str) -> list[int]:
-            return list(engine.tokenize(text.encode(), add_bos=False, special=False))
-
-        return token_stream(self.options.prompt_source, self.options.n_stream, tokenize, engine.n_vocab())
+        o = self.options
+        return token_stream(o.prompt_source, o.n_stream, self._decoder.tokenize, self.engine.n_vocab())
 
     def facts(self) -> dict[str, Any]:
         """About machine, build and model, as llama-bench's fields name them."""
@@ -143,7 +139,7 @@ class Worker:
 
     def run(self, test: Test, repetition: int) -> dict[str, Any]:
         """One repetition; nanoseconds of the test's decode calls, and until the first token's logits were there."""
-        self._clear()
+        self._decoder.clear()
         if self.engine.recorder is not None:
             self.engine.recorder.begin_prompt()
         depth = test.n_depth
@@ -152,11 +148,11 @@ class Worker:
         start = depth + (repetition * test.n_tokens) % max(1, len(self._stream) - test.n_ctx + 1)
         tokens = self._stream[start : start + test.n_tokens]
         if depth == 0:
-            tokens = self._begin(tokens)
+            tokens = self._decoder.with_beginning(tokens)
         self.engine.reset_counters()
         before = self._prefetch_used()
-        prompt_ns = self._prompt(tokens[: test.n_prompt])
-        generated = self._generate(tokens[test.n_prompt :])
+        prompt_ns = self._decoder.prompt(tokens[: test.n_prompt])
+        generated = list(self._decoder.one_by_one(tokens[test.n_prompt :]))
         first = prompt_ns if test.n_prompt else generated[0]
         return {
             "ns": prompt_ns + sum(generated),
@@ -166,23 +162,11 @@ class Worker:
 
     def warm_up(self, test: Test) -> None:
         """As llama-bench: the whole prompt, and one token."""
-        self._clear()
-        tokens = self._begin(self._stream[: test.n_prompt + 1])
-        self._prompt(tokens[: test.n_prompt])
+        self._decoder.clear()
+        tokens = self._decoder.with_beginning(self._stream[: test.n_prompt + 1])
+        self._decoder.prompt(tokens[: test.n_prompt])
         if test.n_gen:
-            self._generate(tokens[test.n_prompt :][:1])
-
-    def _begin(self, tokens: Sequence[int]) -> list[int]:
-        """With the token that marks a beginning, where the model wants one."""
-        bos = int(self.engine.token_bos())
-        if tokens and bos >= 0 and bool(self.engine._model.add_bos_token()):
-            return [bos, *tokens[1:]]
-        return list(tokens)
-
-    def _clear(self) -> None:
-        import llama_cpp
-
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.engine.ctx), False)
+            list(self._decoder.one_by_one(tokens[test.n_prompt :][:1]))
 
     def _fill(self, depth: int) -> None:
         """The first `depth` tokens, computed once and restored afterwards, as llama-bench does."""
@@ -195,46 +179,12 @@ class Worker:
             data = self._state[1]
             if llama_cpp.llama_state_seq_set_data(context, data, len(data), 0):
                 return
-        self._clear()
-        self._prompt(self._begin(self._stream[:depth]))
+        self._decoder.clear()
+        self._decoder.prompt(self._decoder.with_beginning(self._stream[:depth]))
         size = int(llama_cpp.llama_state_seq_get_size(context, 0))
         data = (ctypes.c_uint8 * size)()
         n = int(llama_cpp.llama_state_seq_get_data(context, data, size, 0))
         self._state = (depth, data) if n else None
-
-    def _prompt(self, tokens: Sequence[int]) -> int:
-        import llama_cpp
-
-        batches = []
-        for begin in range(0, len(tokens), self.setup.n_batch):
-            part = tokens[begin : begin + self.setup.n_batch]
-            batches.append(((llama_cpp.llama_token * len(part))(*part), len(part)))
-        total = 0
-        for i, (array, n) in enumerate(batches):
-            total += self._decode(array, n, wait=i == len(batches) - 1)
-        return total
-
-    def _generate(self, tokens: Sequence[int]) -> list[int]:
-        import llama_cpp
-
-        arrays = [(llama_cpp.llama_token * 1)(token) for token in tokens]
-        return [self._decode(array, 1, wait=True) for array in arrays]
-
-    def _decode(self, array: Any, n: int, *, wait: bool) -> int:
-        import llama_cpp
-
-        context = self.engine.ctx
-        batch = llama_cpp.llama_batch_get_one(array, n)
-        start = time.perf_counter_ns()
-        status = llama_cpp.llama_decode(context, batch)
-        if wait:
-            llama_cpp.llama_synchronize(context)
-        passed = time.perf_counter_ns() - start
-        if status != 0:
-            from hybrimoe.llama_log import llama_log
-
-            raise HybrimoeError(f"llama_decode returned {status}: {llama_log().reason()}", "run again with -v")
-        return passed
 
     def _prefetch_used(self) -> int:
         return int(self.engine.expert_state().get("stats", {}).get("n_prefetch_used", 0))

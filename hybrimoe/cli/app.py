@@ -49,9 +49,10 @@ def make_app() -> typer.Typer:
     options.command(app, "run", _run, RUN_COMMAND_OPTIONS, "[MODEL] [PROMPT or -]")
     options.command(app, "serve", _serve, SERVE_COMMAND_OPTIONS, "[MODEL]")
     options.command(app, "plan", _plan, PLAN_COMMAND_OPTIONS, "[MODEL]")
-    from hybrimoe.cli import bench, doctor, models, probe, simulate, top, trace
+    from hybrimoe.cli import bench, doctor, models, probe, profile, simulate, top, trace
 
     options.command(app, "bench", _bench, bench.BENCH_OPTIONS, "MODEL")
+    options.command(app, "profile", _profile, profile.PROFILE_OPTIONS, "[MODEL]")
 
     app.add_typer(models.make_app(), name="models")
     app.add_typer(trace.make_app(), name="trace")
@@ -112,6 +113,16 @@ def _plan(settings: Settings, positionals: list[str]) -> int:
     from hybrimoe.cli.plan import plan
 
     return plan(settings, positionals)
+
+
+def _profile(settings: Settings, positionals: list[str]) -> int:
+    """Show where MODEL's time goes: CPU, GPU, link, per layer, and what limits it; without MODEL the demo model.
+
+    Runs texts of several domains, then writes an HTML report and a timeline for Perfetto beside the summary.
+    """
+    from hybrimoe.cli.profile import profile
+
+    return profile(settings, positionals)
 
 
 def _bench(settings: Settings, positionals: list[str]) -> int:
@@ -188,7 +199,7 @@ def _usage_error(error: Exception, arguments: Sequence[str]) -> int:
     message = error.format_message() if hasattr(error, "format_message") else str(error)
     command = next((a for a in arguments if not a.startswith("-")), "")
     known = command in (
-        "chat", "run", "serve", "top", "models", "doctor", "plan", "probe", "trace", "simulate", "bench",
+        "chat", "run", "serve", "top", "models", "doctor", "plan", "probe", "trace", "simulate", "bench", "profile",
     )  # fmt: skip
     hint = f"hybrimoe {command} --help" if known else "hybrimoe --help"
     return _fail(UsageError(message[:1].lower() + message[1:], hint), verbose=False)
