@@ -30,6 +30,8 @@ QUICK_SECONDS, FULL_SECONDS = 5.0, 30.0
 _KERNEL_TYPES = (0, 1, 2, 3, 8, 12, 13, 14, 20, 23, 30, 39)
 _F16, _Q4_0, _Q4_K = 1, 2, 12
 _SWIGLU, _SWIGLU_OAI = 2, 3
+# Probes of one machine differ by some per cent: a smaller advantage is none.
+_CLEARLY = 0.95
 # Probed where no model is given: Qwen3-30B-A3B's expert, the most common small one.
 _USUAL_SHAPE = FfnShape(2048, 768, _Q4_K, _Q4_K)
 
@@ -109,6 +111,28 @@ class Calibration:
                 return device
         why = "; ".join(self.reasons) or "it was not there then"
         raise CalibrationError(f"the calibration has no costs of device {index}: {why}", "hybrimoe probe")
+
+    def best_threads(self, model: GgufModel) -> tuple[int, int]:
+        """(for decode, for prefill): of the thread counts that were probed, those with which experts are fastest.
+
+        The default count, the last that was probed, unless another one is clearly better: more can be slower.
+        """
+        layers = [layer for layer in model.moe_layers if not layer.predicts_ahead]
+
+        def us(n: int, n_tokens: int) -> float:
+            total = 0.0
+            for layer in layers:
+                costs = self._cpu(shape_of(layer), layer.bytes_per_expert, n)
+                point = costs["points"][0 if n_tokens == 1 else -1][1]
+                total += costs["step_us"] + costs["first_us"] + layer.n_experts_used * point
+            return total
+
+        def best(n_tokens: int) -> int:
+            usual = us(self.n_threads, n_tokens)
+            least, n = min((us(n, n_tokens), n) for n in self.data["n_threads"])
+            return int(n) if least < _CLEARLY * usual else self.n_threads
+
+        return best(1), best(2)
 
     def _cpu(self, shape: FfnShape, n_bytes: float, n_threads: int | None) -> dict[str, Any]:
         n = str(n_threads or self.n_threads)

@@ -108,6 +108,14 @@ def gpu_layers(text: str) -> int:
     return words[word] if word in words else integer()(text)
 
 
+def cpu_range(text: str) -> str:
+    """Processors as 'first-last' or one number. Raises ValueError."""
+    first, dash, last = text.strip().partition("-")
+    if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
+        raise ValueError(f"'{text}' is no range of processors, such as 0-7")
+    return text.strip()
+
+
 def seed(text: str) -> int:
     """A seed as llama.cpp takes it: -1 is the one that means random. Raises ValueError."""
     return integer(-1, 0xFFFFFFFF)(text)

@@ -70,7 +70,8 @@ class ExpertOptions:
     `devices` None: every GPU; empty: none; names are ggml's, and `CPU` is a second CPU backend as a stand-in.
     `calibration` is a file of `hybrimoe probe`, `costs` is a calibration's cost section that was read already (see
     starting_costs.py); without both, costs are measured when the model starts. `state_dir` is where
-    residency is kept from one run to the next; None: nowhere. The first `n_cpu_layers` layers have no slots. `extra`
+    residency is kept from one run to the next; None: nowhere. `pin_threads` are processors, one for each CPU thread but the first, which stays free;
+    empty: none is pinned. The first `n_cpu_layers` layers have no slots. `extra`
     are further keys of `hybrimoe_configure`.
     """
 
@@ -84,6 +85,7 @@ class ExpertOptions:
     live_costs: bool = True
     fit_margin_bytes: int = GIB
     pin_experts: bool = False
+    pin_threads: tuple[int, ...] = ()
     calibration: Path | None = None
     costs: Mapping[str, Any] | None = None
     state_dir: Path | None = None
@@ -113,6 +115,7 @@ class ExpertOptions:
             "log_to_stderr": False,
             "pin_experts": self.pin_experts,
             "n_cpu_layers": self.n_cpu_layers,
+            **({"pin_threads": list(self.pin_threads)} if self.pin_threads else {}),
             **(self.extra or {}),
         }
 

@@ -14,6 +14,20 @@ _PERFORMANCE_CPUS = Path("/sys/devices/cpu_core/cpus")
 _CGROUP = Path("/sys/fs/cgroup")
 
 
+def physical_cpus() -> list[int]:
+    """One processor of each physical core that this process may run on, performance cores only where there are any."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    performance = _performance_cpus()
+    by_core: dict[str, int] = {}
+    for cpu in sorted(allowed & performance or allowed):
+        try:
+            core = (_CPU_FOLDER / f"cpu{cpu}" / "topology" / "thread_siblings").read_text()
+        except OSError:
+            core = str(cpu)
+        by_core.setdefault(core, cpu)
+    return list(by_core.values())
+
+
 def n_physical_cores() -> int:
     """Cores that llama.cpp would use by default, at most as many as this process may run on.
 

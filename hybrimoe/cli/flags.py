@@ -8,7 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hybrimoe.config import Option, choice, flash_attention, gpu_layers, integer, number, parse_bool, parse_size, seed
+from hybrimoe.config import (
+    Option,
+    choice,
+    cpu_range,
+    flash_attention,
+    gpu_layers,
+    integer,
+    number,
+    parse_bool,
+    parse_size,
+    seed,
+)
 from hybrimoe.expert_options import CacheSize, check_policy
 
 _KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
@@ -61,7 +72,7 @@ MODEL_OPTIONS: tuple[Option, ...] = (
         integer(),
         "N",
         "LLAMA_ARG_THREADS",
-        unset="one per physical core",
+        unset="what the probe found best, else one per physical core",
         section=MODEL,
     ),
     Option(
@@ -71,6 +82,23 @@ MODEL_OPTIONS: tuple[Option, ...] = (
         integer(),
         "N",
         unset="as --threads",
+        section=MODEL,
+    ),
+    Option(
+        ("-Cr", "--cpu-range"),
+        "Processors that the program may use, first-last.",
+        None,
+        cpu_range,
+        "LO-HI",
+        unset="all",
+        section=MODEL,
+    ),
+    Option(
+        ("--cpu-strict",),
+        "Keep every expert thread on a processor of its own: 0 or 1.",
+        0,
+        integer(0, 1),
+        "N",
         section=MODEL,
     ),
     Option(

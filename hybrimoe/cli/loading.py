@@ -180,7 +180,7 @@ def load_engine(
     _warn_about_gpu(settings)
     model = inspect(path).require_moe()
     prove(model, default_state_dir() / "proofs")
-    options = with_starting_costs(engine_options(settings), model)
+    options = with_starting_costs(_with_threads(engine_options(settings), settings, model), model)
     with progress(f"loading {path.name} ({size_text(_total_bytes(path))})") as update:
 
         def on_share(share: float) -> None:
@@ -195,6 +195,15 @@ def load_engine(
             yield engine
     finally:
         _note_recording(engine)
+
+
+def _with_threads(options: EngineOptions, settings: Settings, model: GgufModel) -> EngineOptions:
+    from hybrimoe.cpu_threads import keep_to_range, pinned, with_best_threads
+
+    if settings.cpu_range is not None:
+        keep_to_range(settings.cpu_range)
+    options = with_best_threads(options, model)
+    return pinned(options) if settings.cpu_strict else options
 
 
 def with_starting_costs(options: EngineOptions, model: GgufModel) -> EngineOptions:

@@ -78,7 +78,7 @@ void spin_barrier::wait(int n_threads) {
     }
 }
 
-kernel_executor::kernel_executor(const settings & config) : set_(choose_set(config)), scratch_(nullptr, std::free) {
+kernel_executor::kernel_executor(const settings & config) : set_(choose_set(config)), pins_(config.pin_threads), scratch_(nullptr, std::free) {
     ggml_init_params params{};
     params.mem_size = 4 * ggml_tensor_overhead();
     params.no_alloc = true;
@@ -226,7 +226,9 @@ ggml_status kernel_executor::run_experts(cpu_executor & cpu, const kernels::moe_
 }
 
 void kernel_executor::callback(ggml_tensor *, int thread, int n_threads, void * self) {
-    static_cast<kernel_executor *>(self)->work(thread, n_threads);
+    auto * me = static_cast<kernel_executor *>(self);
+    me->pins_.apply(thread);
+    me->work(thread, n_threads);
 }
 
 // ggml may place the block's output over the router's results, which are dead by then in its own order: copy them

@@ -5,6 +5,7 @@
 #include "describe.h"
 #include "router_scores.h"
 #include "settings.h"
+#include "thread_pins.h"
 
 #include <atomic>
 #include <cstdint>
@@ -92,9 +93,10 @@ private:
     void reserve(size_t n_bytes);
 
     const kernels::kernel_set * set_ = nullptr;
-    ggml_context * context_          = nullptr;
-    ggml_tensor * node_              = nullptr; // the experts
-    ggml_tensor * scores_node_       = nullptr; // keeps the router's scores before ggml reuses their memory
+    thread_pins pins_;
+    ggml_context * context_    = nullptr;
+    ggml_tensor * node_        = nullptr; // the experts
+    ggml_tensor * scores_node_ = nullptr; // keeps the router's scores before ggml reuses their memory
     std::vector<ggml_tensor *> graph_;
     std::unique_ptr<uint8_t, void (*)(void *)> scratch_;
     size_t scratch_bytes_ = 0;

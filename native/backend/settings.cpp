@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstdlib>
+#include <limits>
 #include <mutex>
 #include <stdexcept>
 
@@ -75,6 +76,20 @@ void parse_devices(const std::string & key, const json_value & value, settings &
     }
     for (const json_value & name : value) {
         out.devices.push_back(read_text(key + "[]", name));
+    }
+}
+
+void parse_pins(const std::string & key, const json_value & value, settings & out) {
+    if (!value.is_array()) {
+        refuse(key, "a list of processors");
+    }
+    out.pin_threads.clear();
+    for (const json_value & cpu : value) {
+        const int64_t number = read_count(key + "[]", cpu);
+        if (number > std::numeric_limits<int>::max()) {
+            refuse(key + "[]", "a processor's number");
+        }
+        out.pin_threads.push_back(static_cast<int>(number));
     }
 }
 
@@ -167,6 +182,7 @@ const key_reader readers[] = {
     {"cpu_kernels", [](const std::string & key, const json_value & value,
                        settings & out) { parse_kernels(read_text(key, value), out); }},
     {"devices", parse_devices},
+    {"pin_threads", parse_pins},
     {"expert_cache", parse_cache_size},
     {"fit_margin_bytes", [](const std::string & key, const json_value & value,
                             settings & out) { out.fit_margin_bytes = read_count(key, value); }},

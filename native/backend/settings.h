@@ -67,7 +67,8 @@ struct settings {
     double throttle_bytes_per_s = 0.0; // benchmark only: copies are no faster
     std::string state_path;            // residency is read from and written to this file; empty: not kept
     bool log_to_stderr = true;
-    bool pin_experts   = false; // register the mapped file with the device, so that copies need no staging
+    bool pin_experts   = false;   // register the mapped file with the device, so that copies need no staging
+    std::vector<int> pin_threads; // processors of the CPU kernels' threads (see thread_pins.h); empty: not pinned
     fault_plan faults;
 };
 

@@ -128,18 +128,21 @@ void test_costs() {
 }
 
 void test_numbers_and_flags() {
-    const settings all = parse("{'fit_margin_bytes': 0, 'max_batch_tokens': 1, 'throttle_link_bytes_per_s': 1e9,"
-                               " 'guard': false, 'live_costs': false, 'pin_experts': true, 'log_to_stderr': false,"
-                               " 'state_path': 'a', 'route_trace': 'b', 'cache_policy': 'lru', 'schedule': 'c',"
-                               " 'prefetch': 'none', 'admission': 'pays:stay=3'}");
+    const settings all = parse(
+        "{'fit_margin_bytes': 0, 'max_batch_tokens': 1, 'throttle_link_bytes_per_s': 1e9,"
+        " 'guard': false, 'live_costs': false, 'pin_experts': true, 'pin_threads': [0, 5], 'log_to_stderr': false,"
+        " 'state_path': 'a', 'route_trace': 'b', 'cache_policy': 'lru', 'schedule': 'c',"
+        " 'prefetch': 'none', 'admission': 'pays:stay=3'}");
     CHECK(all.fit_margin_bytes == 0 && all.max_batch_tokens == 1 && all.throttle_bytes_per_s == 1e9);
     CHECK(!all.guard && !all.live_costs && all.pin_experts && !all.log_to_stderr);
+    CHECK((all.pin_threads == std::vector<int>{0, 5}));
     CHECK(all.state_path == "a" && all.route_trace == "b" && all.cache_policy == "lru" && all.schedule == "c");
     CHECK(all.prefetch == "none" && all.admission == "pays:stay=3");
     for (const char * pair :
          {"'fit_margin_bytes': -1", "'fit_margin_bytes': 1.5", "'fit_margin_bytes': 1e18", "'max_batch_tokens': 0",
           "'throttle_link_bytes_per_s': -1", "'throttle_link_bytes_per_s': 'x'", "'guard': 1", "'live_costs': 'yes'",
-          "'pin_experts': null", "'state_path': 3", "'cache_policy': []"}) {
+          "'pin_experts': null", "'pin_threads': 1", "'pin_threads': [-1]", "'pin_threads': ['a']", "'state_path': 3",
+          "'cache_policy': []"}) {
         CHECK(!refusal(quoted(std::string("{") + pair + "}")).empty());
     }
 }
