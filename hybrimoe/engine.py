@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -160,6 +161,8 @@ class Engine(llama_cpp.Llama):  # type: ignore[misc]
         self.prompt_s = self.generation_s = 0.0
         self.phase = "idle"
         self.heat: ExpertHeat | None = None
+        self._counted_before: dict[str, float] = {}
+        self._reset_lock = threading.RLock()
         self._pieces: dict[int, bytes] = {}
         self._last_event = 0
         self.recorder: LiveRecorder | None = None
@@ -449,9 +452,18 @@ class Engine(llama_cpp.Llama):  # type: ignore[misc]
         self._last_event = events[-1][0] if events else self._last_event
         return [line for _, line in events]
 
+    def counted(self) -> dict[str, float]:
+        """All counters, summed over layers since the engine was made: resets do not set them back. Thread-safe."""
+        with self._reset_lock:
+            layers = self.counters()
+            names = [f.name for f in fields(LayerCounters) if f.name != "layer"]
+            return {n: self._counted_before.get(n, 0) + sum(getattr(c, n) for c in layers) for n in names}
+
     def reset_counters(self) -> None:
         if self.plugin is not None:
-            self.plugin.reset_counters(self.plugin_instance)
+            with self._reset_lock:
+                self._counted_before = self.counted()
+                self.plugin.reset_counters(self.plugin_instance)
 
     def verify(self, *, strict: bool = False) -> Verification:
         """Compares the plug-in's counters with the model's MoE layers; call it after the first step.

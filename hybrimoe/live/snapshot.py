@@ -69,8 +69,6 @@ class LiveSampler:
         self._started_s = time.monotonic()
         self._lock = threading.Lock()
         self._history: deque[_Sums] = deque(maxlen=64)
-        self._base: dict[str, float] = {}
-        self._last_raw: dict[str, float] = {}
         self._latest: dict[str, Any] | None = None
         self._latest_s = 0.0
         self._last_event = 0
@@ -129,8 +127,8 @@ class LiveSampler:
         }
 
     def _sums(self, engine: Engine, state: dict[str, Any], now_s: float) -> _Sums:
-        counters = engine.counters()
-        raw: dict[str, float] = {
+        counted = engine.counted()
+        values: dict[str, float] = {
             "n_prompt": engine.n_prompt_tokens,
             "n_generated": engine.n_generated,
             "prompt_s": engine.prompt_s,
@@ -138,14 +136,9 @@ class LiveSampler:
             "link_busy_us": sum(device.get("copy_busy_us", 0.0) for device in state.get("devices", ())),
         }
         for field in fields(_Sums):
-            if field.name not in raw and field.name != "at_s":
-                raw[field.name] = sum(getattr(c, field.name) for c in counters)
-        for name, value in raw.items():
-            last = self._last_raw.get(name, 0)
-            if value < last:  # the chat resets the counters before every answer
-                self._base[name] = self._base.get(name, 0) + last
-            self._last_raw[name] = value
-        return _Sums(at_s=now_s, **{name: value + self._base.get(name, 0) for name, value in raw.items()})  # type: ignore[arg-type]
+            if field.name != "at_s" and field.name not in values:
+                values[field.name] = counted[field.name]
+        return _Sums(at_s=now_s, **values)  # type: ignore[arg-type]
 
     def _new_events(self, engine: Engine) -> list[dict[str, Any]]:
         for number, line in engine.expert_events(self._last_event):
