@@ -37,6 +37,7 @@ _SAMPLING = {
 # Fields that the package's functions do not take.
 _NOT_FOR_LLAMA = {
     "n", "best_of", "logit_bias_type", "user", "min_tokens", "stream_options", "max_completion_tokens",
+    "cache_prompt",
 }  # fmt: skip
 
 
@@ -51,6 +52,7 @@ class ChatRequest(CreateChatCompletionRequest):  # type: ignore[misc]
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     stream_options: _StreamOptions | None = None
+    cache_prompt: bool = True
     temperature: float = Field(0.8, ge=0, le=100)
     top_k: int = Field(40, ge=0, le=1 << 30)
     seed: int | None = Field(None, ge=-1, le=RANDOM_SEED)
@@ -62,6 +64,7 @@ class TextRequest(CreateCompletionRequest):  # type: ignore[misc]
     model_config = ConfigDict(strict=False)
     max_tokens: int | None = Field(16, ge=1)
     stream_options: _StreamOptions | None = None
+    cache_prompt: bool = True
     temperature: float = Field(0.8, ge=0, le=100)
     top_k: int = Field(40, ge=0, le=1 << 30)
     seed: int | None = Field(None, ge=-1, le=RANDOM_SEED)
@@ -219,6 +222,8 @@ def work_of(
         try:
             # Grammars, biases and the least number of tokens, as the package reads them.
             prepare_request_resources(request, lambda _model: engine, defaults.names[0], arguments)
+            if not request.cache_prompt:
+                engine.reset()
             is_chat = isinstance(request, ChatRequest)
             answer = (engine.create_chat_completion if is_chat else engine.create_completion)(**arguments)
             if not request.stream:

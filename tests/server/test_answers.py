@@ -156,3 +156,10 @@ def test_metrics_are_counters_that_grow(server: Any) -> None:
     ):
         assert f"hybrimoe:{name}_total" in after
     assert not any("per_second" in name or "ratio" in name for name in after)
+
+
+def test_a_prompt_is_computed_anew_where_that_is_asked_for(server: Any) -> None:
+    server.chat("once", max_tokens=1)
+    assert server.chat("once", max_tokens=1)[1]["timings"]["cache_n"] > 0
+    again = server.chat("once", max_tokens=1, cache_prompt=False)[1]["timings"]
+    assert again["cache_n"] == 0 and again["prompt_n"] > 0
