@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Keeps a server busy for minutes with many clients at once, and says whether it stood it.
 
-Clients ask for answers of mixed lengths, streamed and whole, and abort some. Answers are compared with the same question
-asked alone before, so a lost or mixed one is noticed; some reuse the KV cache, which changes roundings and with them now
-and then a word, and are not compared. The server's memory is read from /proc while it works: it must not grow.
+Clients ask for answers of mixed lengths, streamed and whole, and abort some. Answers are compared with the same
+question asked alone before, so a lost or mixed one is noticed; some reuse the KV cache, which changes roundings and
+with them now and then a word, and are not compared. The server's memory is read from /proc meanwhile: it must not grow.
 
     python tools/soak.py demo --minutes 10
     python tools/soak.py model.gguf --clients 32 --serve-options "--device CPU --expert-cache 8"
