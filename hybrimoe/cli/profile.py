@@ -193,6 +193,7 @@ def _about(engine: Engine, facts: Facts) -> dict[str, Any]:
     devices = [
         {
             "name": d["name"],
+            "label": "stand-in GPU" if d["name"].startswith("CPU") else d["name"],
             "description": d["description"],
             "n_slots": d["n_slots"],
             "cache_bytes": d["cache_bytes"],
@@ -302,7 +303,7 @@ def _analyse(
     if report is not None:
         pages.append((report, html_page(made, facts, blocks, copies).encode()))
     if timeline is not None:
-        names = [d["name"] for d in about["devices"]]
+        names = [d["label"] for d in about["devices"]]
         origin = {"model": made["model"]["name"], "machine": made["machine"]["description"], "command": made["command"]}
         shown = perfetto.chrome_trace(blocks, copies, made["layers"], names, origin)
         pages.append((timeline, perfetto.to_bytes(shown)))

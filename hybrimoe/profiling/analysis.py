@@ -64,8 +64,8 @@ class Blocks:
 
     @property
     def observed(self) -> npt.NDArray[np.float64]:
-        """From the end of planning until all experts were computed."""
-        observed: npt.NDArray[np.float64] = self.ends[:, WAIT] - self.ends[:, PLAN]
+        """From when the accelerators were started until all experts were computed, as the plug-in counts it."""
+        observed: npt.NDArray[np.float64] = self.ends[:, WAIT] - self.ends[:, LAUNCH]
         return observed
 
 
@@ -263,7 +263,7 @@ def _phase(
         },
         "layers": _layers(kind, blocks, copies, facts.counts[name], layers),
     }
-    result["limit"] = describe_limit(name, path, result, dense_on, [d["name"] for d in about["devices"]])
+    result["limit"] = describe_limit(name, path, result, dense_on, [d["label"] for d in about["devices"]])
     return result
 
 

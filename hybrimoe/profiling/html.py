@@ -63,7 +63,7 @@ def _head(profile: Mapping[str, Any], title: str) -> str:
         f"{model['n_experts_used']} of them for every token. {machine['description']}, {machine['n_threads']} threads."
     )
     devices = ", ".join(
-        f"{d['name']}{' (a second CPU backend as a stand-in for a GPU)' if d['is_cpu'] else ''} with room for "
+        f"{'a stand-in for a GPU (a second CPU backend)' if d['is_cpu'] else d['name']} with room for "
         f"{sum(d['n_slots'])} experts"
         for d in profile["devices"]
     )
@@ -86,7 +86,7 @@ def _cards(profile: Mapping[str, Any]) -> str:
             cards.append((f"{phase['tokens_per_s']:.1f} t/s", f"{_TITLES[name].lower()}, tokens per second"))
             if (stock := profile.get("stock") or {}).get(name):
                 ratio = phase["tokens_per_s"] / stock[name]
-                cards.append((f"{ratio:.2f} x", f"plain llama.cpp, {_TITLES[name].lower()} ({stock[name]:.1f} t/s)"))
+                cards.append((f"{ratio:.2f} x", f"plain llama.cpp's {_TITLES[name].lower()} ({stock[name]:.1f} t/s)"))
     if (decode := profile["phases"].get("decode")) and decode["experts"]["hit_rate"] is not None:
         experts = decode["experts"]
         cards.append((f"{experts['hit_rate']:.0%}", "of the experts asked for were on the accelerator"))
@@ -114,7 +114,7 @@ def _plots(profile: Mapping[str, Any], facts: Facts, blocks: Blocks, copies: Cop
     from hybrimoe.profiling import plots
 
     phases = profile["phases"]
-    devices = [d["name"] for d in profile["devices"]]
+    devices = [d["label"] for d in profile["devices"]]
     names = profile["layers"]
     sections: list[tuple[str, str, Any]] = [
         (
@@ -186,7 +186,8 @@ def _plots(profile: Mapping[str, Any], facts: Facts, blocks: Blocks, copies: Cop
 
 
 def _section(title: str, note: str, figure: Any) -> str:
-    config = {"displaylogo": False, "responsive": True}
+    # Zooming needs no buttons, and they would lie over the legend.
+    config = {"displayModeBar": False, "responsive": True}
     div = figure.to_html(full_html=False, include_plotlyjs=False, config=config)
     return f'<section><h2>{html.escape(title)}</h2><p class="note">{html.escape(note)}</p>{div}</section>'
 
@@ -207,15 +208,13 @@ def _table(profile: Mapping[str, Any]) -> str:
         "copies_us": "copies*",
         "wait_us": "wait",
         "merge_us": "merge",
-        "predicted_us": "predicted",
-        "observed_us": "observed",
     }
     for name in ("decode", "prefill"):
         if name not in profile["phases"]:
             continue
         rows = []
         for layer in profile["phases"][name]["layers"]:
-            times = ("-" if layer[key] is None else f"{layer[key]:.1f}" for key in columns)
+            times = (f"{layer[key]:.1f}" for key in columns)
             hits = "-" if layer["hit_rate"] is None else f"{layer['hit_rate']:.0%}"
             counts = (str(layer[key]) for key in ("n_experts_cpu", "n_experts_gpu", "n_evictions"))
             moved = f"{layer['h2d_bytes'] / 2**20:.1f}"

@@ -38,7 +38,7 @@ def _figure(height: int, **layout: Any) -> Figure:
         margin={"l": 70, "r": 20, "t": 40, "b": 50},
         template="plotly_white",
         font={"family": "system-ui, sans-serif", "size": 13},
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "traceorder": "normal"},
         **layout,
     )
     return figure
@@ -156,7 +156,7 @@ def layers(phases: Mapping[str, Any]) -> Figure:
                 )
             )
     figure.update_layout(updatemenus=[_buttons([_TITLES[n] for n in shown], len(stacked) + len(marks))])
-    figure.update_layout(legend={"y": -0.2, "yanchor": "top"}, margin_b=110)
+    figure.update_layout(legend={"y": -0.2, "yanchor": "top", "traceorder": "normal"}, margin_b=110)
     figure.update_xaxes(title="layer")
     figure.update_yaxes(title="microseconds of one step", rangemode="tozero")
     return figure
