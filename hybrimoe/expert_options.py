@@ -69,10 +69,10 @@ class ExpertOptions:
 
     `devices` None: every GPU; empty: none; names are ggml's, and `CPU` is a second CPU backend as a stand-in.
     `calibration` is a file of `hybrimoe probe`, `costs` is a calibration's cost section that was read already (see
-    starting_costs.py); without both, costs are measured when the model starts. `state_dir` is where
-    residency is kept from one run to the next; None: nowhere. `pin_threads` are processors, one for each CPU thread but the first, which stays free;
-    empty: none is pinned. The first `n_cpu_layers` layers have no slots. `extra`
-    are further keys of `hybrimoe_configure`.
+    starting_costs.py); without both, costs are measured when the model starts. `state_dir` is where residency is kept
+    from one run to the next; None: nowhere. `pin_threads` are processors for the CPU threads, of which the first stays
+    free; empty: none is pinned. The first `n_cpu_layers` layers have no slots. `extra` are further keys of
+    `hybrimoe_configure`.
     """
 
     cache: CacheSize = CacheSize()

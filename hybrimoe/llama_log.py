@@ -50,6 +50,14 @@ class LlamaLog:
         lines = self.errors()
         return lines[0] if lines else ""
 
+    def device_error(self) -> str:
+        """The newest line that speaks of an error, with the device that ggml names in the next one; or ''."""
+        lines = self.errors()
+        for i in reversed(range(len(lines))):
+            if "error" in lines[i].lower():
+                return "; ".join(line.partition(", in function")[0] for line in lines[i : i + 2])
+        return ""
+
 
 @functools.cache
 def llama_log() -> LlamaLog:

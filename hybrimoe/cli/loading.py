@@ -173,6 +173,7 @@ def load_engine(
     """`open_engine` for engines of any kind, and for nobody to watch. `on_progress` may raise to stop loading."""
     from hybrimoe.expert_options import default_state_dir
     from hybrimoe.gguf_model import inspect
+    from hybrimoe.last_words import explain_ends
     from hybrimoe.llama_log import llama_log
     from hybrimoe.proof import prove
 
@@ -180,6 +181,7 @@ def load_engine(
     _warn_about_gpu(settings)
     model = inspect(path).require_moe()
     prove(model, default_state_dir() / "proofs")
+    explain_ends(path, with_plugin=settings.plugin)
     options = with_starting_costs(_with_threads(engine_options(settings), settings, model), model)
     with progress(f"loading {path.name} ({size_text(_total_bytes(path))})") as update:
 

@@ -120,6 +120,10 @@ class Plugin:
                 layers.append(LayerCounters(layer=layer, **values))
         return layers
 
+    def set_last_words(self, text: str | None, exit_code: int = 1) -> None:
+        """What goes to stderr when a page of a mapped model file is gone; the process ends then. None: no longer."""
+        self._library.hybrimoe_set_last_words(None if text is None else text.encode(), exit_code)
+
     def n_nodes_delegated(self, instance: int) -> int:
         """Graph nodes of `instance` that ggml's CPU backend computed outside any MoE block."""
         return int(self._library.hybrimoe_n_nodes_delegated(instance))
@@ -272,6 +276,9 @@ def _declare(library: ctypes.CDLL) -> None:
     # uint64_t hybrimoe_next_event(uint64_t instance, uint64_t after, char * line, size_t size)
     library.hybrimoe_next_event.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_char_p, ctypes.c_size_t]
     library.hybrimoe_next_event.restype = ctypes.c_uint64
+    # int hybrimoe_set_last_words(const char * text, int exit_code)
+    library.hybrimoe_set_last_words.argtypes = [ctypes.c_char_p, ctypes.c_int]
+    library.hybrimoe_set_last_words.restype = ctypes.c_int
     # int hybrimoe_reset_counters(uint64_t instance)
     library.hybrimoe_reset_counters.argtypes = [ctypes.c_uint64]
     library.hybrimoe_reset_counters.restype = ctypes.c_int

@@ -2,6 +2,7 @@
 #include "cpu_executor.h"
 #include "ggml-release.h"
 #include "hybrimoe.h"
+#include "last_words.h"
 #include "settings.h"
 
 #include "ggml-backend-impl.h"
@@ -174,6 +175,10 @@ uint64_t hybrimoe_next_event(uint64_t instance, uint64_t after, char * line, siz
         std::snprintf(line, size, "%s", text.c_str());
     }
     return found ? number : 0;
+}
+
+int hybrimoe_set_last_words(const char * text, int exit_code) {
+    return hybrimoe::set_last_words(text, exit_code) ? 0 : -1;
 }
 
 } // extern "C"

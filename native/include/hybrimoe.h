@@ -123,6 +123,10 @@ HYBRIMOE_API int hybrimoe_stop_trace(uint64_t instance);
 // hybrimoe_describe_state.
 HYBRIMOE_API int64_t hybrimoe_describe_trace(uint64_t instance, char * out, size_t size);
 
+// When a page of a mapped file is gone (SIGBUS: the file was cut, its disk failed), `text` goes to stderr and the process
+// ends with `exit_code`. NULL: as if this was never called. Returns 0, or -1 where the system has no such signal.
+HYBRIMOE_API int hybrimoe_set_last_words(const char * text, int exit_code);
+
 #ifdef __cplusplus
 }
 #endif
