@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -179,7 +180,9 @@ BENCH_OPTIONS: tuple[Option, ...] = (
     _repeated("schedule"),
     _repeated("prefetch"),
     _repeated("admission"),
-    *(_EXPERTS[key] for key in ("guard", "fit-target", "calibration", "pin-experts", "keep-residency")),
+    *(_EXPERTS[key] for key in ("guard", "fit-target", "calibration", "pin-experts")),
+    # Off: what an earlier run left behind shall not decide a measurement.
+    replace(_EXPERTS["keep-residency"], default=False, in_file=False),
     _plain(
         ("-o", "--output"),
         f"Format on stdout: {', '.join(FORMATS)}.",
@@ -368,11 +371,10 @@ def _measure(settings: Settings, options: BenchOptions, values: dict[str, Sequen
             elif is_terminal(sys.stderr):
                 bar("measuring", share)
 
-        for printer, stream in printers:
-            _write(stream, printer.head())
-        for rows in measure(options, note, progress):
+        for number, rows in enumerate(measure(options, note, progress)):
             for printer, stream in printers:
-                _write(stream, printer.rows(rows))
+                # Not before there is a row: an error at the start leaves nothing half-written behind.
+                _write(stream, (printer.head() if number == 0 else "") + printer.rows(rows))
             commits |= {str(row.facts["build_commit"]): None for row in rows}
         for printer, stream in printers:
             _write(stream, printer.foot())

@@ -102,6 +102,7 @@ def test_errors(bench: Run, tiny_model: Callable[..., Path], arguments: list[str
     done = bench(*(a.format(model=model) for a in arguments))
     lines = done.stderr.strip().splitlines()
     assert done.returncode == code, done
+    assert done.stdout == ""
     assert len(lines) in (1, 2) and lines[0].startswith("error: "), done.stderr
 
 
