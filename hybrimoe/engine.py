@@ -192,6 +192,7 @@ class Engine(llama_cpp.Llama):  # type: ignore[misc]
                 finally:
                     if self.plugin is not None and (options.trace is not None or options.heat):
                         self.plugin.configure(trace=0, trace_scores=True)  # of this instance alone
+            self.context_size = self.n_ctx()  # for those who may ask when the context is freed already
             if self.n_ctx() > len(self.input_ids):
                 self.input_ids: Any = np.zeros(self.n_ctx(), dtype=np.intc)
             if self.plugin is not None:

@@ -115,7 +115,7 @@ class LiveSampler:
                 "n_experts": info.n_experts,
                 "top_k": info.n_experts_used,
             },
-            "context": {"n_ctx": engine.n_ctx(), "n_tokens": int(engine.n_tokens)},
+            "context": {"n_ctx": engine.context_size, "n_tokens": int(engine.n_tokens)},
             "plugin": engine.plugin is not None,
             "totals": _totals(sums),
             "rates": None if before is None else _rates(before, sums, state),

@@ -32,7 +32,6 @@ from hybrimoe.server.worker import Job, Worker
 
 if TYPE_CHECKING:
     from hybrimoe.live.snapshot import LiveSampler
-    from hybrimoe.server.engine import ServerEngine
 
 __all__ = ["Service", "make_app"]
 
@@ -60,13 +59,6 @@ class Service:
     on_failure: Callable[[BaseException], None] = lambda error: None
     on_answer: Callable[[Job, str, float], None] = lambda job, end, seconds: None
     created: int = field(default_factory=lambda: int(time.time()))
-
-    def engine(self) -> ServerEngine:
-        """Raises ApiError while there is none."""
-        engine = self.worker.engine
-        if engine is None:
-            raise ApiError(503, "the server is " + ("stopping" if self.worker.is_stopping else "loading the model"))
-        return engine
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name not in self.defaults.names:
@@ -112,7 +104,12 @@ def _add_answers(app: FastAPI, service: Service) -> None:
 
 async def _answer(service: Service, request: Request, asked: ChatRequest | TextRequest) -> Response:
     service.check_model(asked.model)
-    await run_in_threadpool(check, asked, service.engine())
+
+    def check_all() -> None:
+        with service.worker.borrowed() as engine:
+            check(asked, engine)
+
+    await run_in_threadpool(check_all)
     job = Job(work_of(asked, service.defaults), asyncio.get_running_loop())
     service.worker.submit(job)
     log = _Log(service, job)
@@ -220,38 +217,43 @@ def _event(data: Any) -> bytes:
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:
-    async def tokens_of(request: Request) -> tuple[TokenizeRequest, list[int]]:
+    async def tokens_of(request: Request, *, with_pieces: bool = True) -> list[Any]:
         asked = parse(TokenizeRequest, await request.body())
         service.check_model(asked.model)
-        engine = service.engine()
         text = (asked.content or asked.input).encode()
-        return asked, await run_in_threadpool(
-            lambda: list(engine.tokenize(text, add_bos=asked.add_special, special=asked.parse_special))
-        )
+
+        def tokenized() -> list[Any]:
+            with service.worker.borrowed() as engine:
+                tokens = list(engine.tokenize(text, add_bos=asked.add_special, special=asked.parse_special))
+                if not (asked.with_pieces and with_pieces):
+                    return tokens
+                return [{"id": token, "piece": _piece(engine.token_bytes(token, special=True))} for token in tokens]
+
+        return await run_in_threadpool(tokenized)
 
     @app.post("/tokenize")
     @app.post("/extras/tokenize")
     async def tokenize(request: Request) -> Any:
-        asked, tokens = await tokens_of(request)
-        if not asked.with_pieces:
-            return {"tokens": tokens}
-        engine = service.engine()
-        pieces = [engine.token_bytes(token, special=True) for token in tokens]
-        return {"tokens": [{"id": t, "piece": _piece(p)} for t, p in zip(tokens, pieces, strict=True)]}
+        return {"tokens": await tokens_of(request)}
 
     @app.post("/extras/tokenize/count")
     async def count(request: Request) -> Any:
-        return {"count": len((await tokens_of(request))[1])}
+        return {"count": len(await tokens_of(request, with_pieces=False))}
 
     @app.post("/detokenize")
     @app.post("/extras/detokenize")
     async def detokenize(request: Request) -> Any:
         asked = parse(DetokenizeRequest, await request.body())
         service.check_model(asked.model)
-        engine = service.engine()
-        if any(not 0 <= token < engine.n_vocab() for token in asked.tokens):
-            raise ApiError(400, "'tokens' holds a token that the model does not have", param="tokens")
-        text = b"".join(engine.token_bytes(token, special=True) for token in asked.tokens).decode(errors="replace")
+
+        def text_of() -> str:
+            with service.worker.borrowed() as engine:
+                if any(not 0 <= token < engine.n_vocab() for token in asked.tokens):
+                    raise ApiError(400, "'tokens' holds a token that the model does not have", param="tokens")
+                data = b"".join(engine.token_bytes(token, special=True) for token in asked.tokens)
+                return data.decode(errors="replace")
+
+        text = await run_in_threadpool(text_of)
         return {"content": text, "text": text}
 
 
@@ -267,8 +269,8 @@ def _add_state(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     @app.get("/v1/health")
     async def health() -> Any:
-        service.engine()
-        return {"status": "ok"}
+        with service.worker.borrowed():
+            return {"status": "ok"}
 
     @app.get("/v1/models")
     @app.get("/models")
@@ -308,7 +310,7 @@ def _model(service: Service) -> dict[str, Any]:
         "created": service.created,
         "owned_by": "hybrimoe",
     }
-    if (engine := service.worker.engine) is not None:
+    with contextlib.suppress(ApiError), service.worker.borrowed() as engine:
         info = engine.info
         entry["meta"] = {
             "n_vocab": engine.n_vocab(),

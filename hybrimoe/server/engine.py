@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import codecs
+import ctypes
+import math
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import llama_cpp
+import numpy as np
 
 from hybrimoe.engine import Engine
 from hybrimoe.errors import HybrimoeError, UsageError
@@ -15,6 +18,9 @@ from hybrimoe.llama_log import llama_log
 
 if TYPE_CHECKING:
     from hybrimoe.server.worker import Job
+
+# llama.cpp's parser and its stacks recurse: larger ones would exhaust the thread's stack.
+_MAX_GRAMMAR_CHARS, _MAX_GRAMMAR_DEPTH = 64 << 10, 200
 
 __all__ = ["JobCancelledError", "ServerEngine"]
 
@@ -100,8 +106,27 @@ class ServerEngine(Engine):
             sums["h2d_bytes"] += c.h2d_bytes
         return sums
 
+    def sample(self, *args: Any, idx: int | None = None, grammar: Any = None, **kwargs: Any) -> int:
+        """The next token. Raises UsageError where a grammar leaves none: llama.cpp would end the process then."""
+        if grammar is None:
+            return int(super().sample(*args, idx=idx, grammar=grammar, **kwargs))
+        n = self.n_vocab()
+        at = -1 if idx is None else idx - self.n_tokens
+        logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self.ctx, at), (n,))
+        candidates = (llama_cpp.llama_token_data * n)()
+        view = np.frombuffer(candidates, np.dtype([("id", "<i4"), ("logit", "<f4"), ("p", "<f4")]))
+        view["id"], view["logit"] = np.arange(n), logits
+        array = llama_cpp.llama_token_data_array(data=candidates, size=n, selected=-1, sorted=False)
+        llama_cpp.llama_sampler_apply(self._sampler.sampler, ctypes.byref(array))
+        chosen = array.data[array.selected] if array.selected >= 0 else None
+        if chosen is None or not math.isfinite(chosen.logit):
+            raise UsageError("the grammar allows none of the model's tokens")
+        llama_cpp.llama_sampler_accept(self._sampler.sampler, chosen.id)
+        return int(chosen.id)
+
     def _init_sampler(self, *args: Any, **kwargs: Any) -> Any:
         if (grammar := kwargs.get("grammar")) is not None:
+            _check_size(grammar._grammar)
             # llama-cpp-python would put the null pointer of a grammar that llama.cpp refuses into the chain.
             sampler = llama_cpp.llama_sampler_init_grammar(
                 self._model.vocab, grammar._grammar.encode(), grammar._root.encode()
@@ -110,3 +135,13 @@ class ServerEngine(Engine):
                 raise UsageError(f"the grammar cannot be used: {llama_log().reason() or 'llama.cpp refuses it'}")
             llama_cpp.llama_sampler_free(sampler)
         return super()._init_sampler(*args, **kwargs)
+
+
+def _check_size(grammar: str) -> None:
+    """Raises UsageError for grammars that are too large or too deeply nested."""
+    depth = deepest = 0
+    for c in grammar:
+        depth += (c == "(") - (c == ")" and depth > 0)
+        deepest = max(deepest, depth)
+    if len(grammar) > _MAX_GRAMMAR_CHARS or deepest > _MAX_GRAMMAR_DEPTH:
+        raise UsageError("the grammar is too large or nested too deeply")

@@ -124,6 +124,7 @@ class Worker:
         self._waiting: deque[Job] = deque()
         self._current: Job | None = None
         self._stopping = False
+        self._n_borrowers = 0
         self._wakes = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="hybrimoe-engine")
 
@@ -142,6 +143,30 @@ class Worker:
     def is_stopping(self) -> bool:
         return self._stopping
 
+    @contextlib.contextmanager
+    def borrowed(self) -> Iterator[ServerEngine]:
+        """The engine for what does not compute, such as its vocabulary; it is not closed meanwhile.
+
+        Raises ApiError while there is none.
+        """
+        with self._wakes:
+            engine = self.engine
+            if engine is None:
+                raise ApiError(503, "the server is " + ("stopping" if self._stopping else "loading the model"))
+            self._n_borrowers += 1
+        try:
+            yield engine
+        finally:
+            with self._wakes:
+                self._n_borrowers -= 1
+                self._wakes.notify_all()
+
+    def _take_back(self) -> None:
+        with self._wakes:
+            self.engine = None
+            while self._n_borrowers:
+                self._wakes.wait()
+
     def submit(self, job: Job) -> None:
         """Raises ApiError when the queue is full or the server stops."""
         with self._wakes:
@@ -150,7 +175,7 @@ class Worker:
             if len(self._waiting) >= self.max_waiting:
                 raise ApiError(503, f"{len(self._waiting)} requests are waiting already", code="queue_full")
             self._waiting.append(job)
-            self._wakes.notify()
+            self._wakes.notify_all()
 
     def cancel(self, job: Job) -> None:
         """Nobody wants this answer any more: it is not begun, or stops as soon as llama.cpp asks."""
@@ -166,7 +191,7 @@ class Worker:
         """Takes no more requests; after `grace_s` those that are left are cut. Returns at once."""
         with self._wakes:
             self._stopping = True
-            self._wakes.notify()
+            self._wakes.notify_all()
         if grace_s <= 0:
             self.cut()
         else:
@@ -185,7 +210,7 @@ class Worker:
                 self._current.cut = True
                 if self.engine is not None and not self._current.usage.n_generated:
                     self.engine.abort_flag.set()  # a prompt; between two tokens the flag would only lose one
-            self._wakes.notify()
+            self._wakes.notify_all()
 
     def join(self, timeout_s: float | None = None) -> bool:
         """Waits for the thread, which closes the engine. Returns whether it has ended."""
@@ -197,8 +222,11 @@ class Worker:
             with self._opens() as engine:
                 self.engine = engine
                 self.on_ready(engine)
-                while (job := self._next()) is not None:
-                    self._work(engine, job)
+                try:
+                    while (job := self._next()) is not None:
+                        self._work(engine, job)
+                finally:
+                    self._take_back()
         except BaseException as error:
             self.failure = error
         finally:

@@ -116,8 +116,12 @@ def test_a_prompt_longer_than_the_context(server: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "grammar", ["root ::= nowhere", "not a grammar", "root ::= root", "", "root ::= [", 'root ::= "\\', "x" * 10_000]
-)
+    "grammar",
+    [
+        "root ::= nowhere", "not a grammar", "root ::= root", "", "root ::= [", 'root ::= "\\', "x" * 10_000,
+        'root ::= "a"{100000}', "root ::= " + "(" * 60_000, "root ::= [z-a]", 'root ::= "\\x00"',
+    ],
+)  # fmt: skip
 def test_bad_grammars_are_refused(server: Any, grammar: str) -> None:
     status, body = server.ask(CHAT, {"messages": MESSAGES, "grammar": grammar, "max_tokens": 4})
     assert status == 400 or (grammar == "" and status == 200), body

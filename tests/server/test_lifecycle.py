@@ -264,3 +264,16 @@ def test_top_watches_a_server(serve: Serve, model: str, tmp_path: Path) -> None:
     done = top()
     assert done.returncode == 1 and done.stderr.startswith("error: nothing of yours")
     assert top("127.0.0.1:1").returncode == 1 and top("1").returncode == 2
+
+
+def test_without_its_packages_the_server_says_what_to_install(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import sys
+
+    from hybrimoe.cli.main import main
+
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    assert main(["serve", model, "--port", "0"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["error: the server needs the package prometheus-client", "hint: pip install 'hybrimoe[server]'"]
