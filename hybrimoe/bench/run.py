@@ -20,7 +20,7 @@ from hybrimoe.errors import DoesNotFitError
 if TYPE_CHECKING:
     from hybrimoe.gguf_model import GgufModel
 
-__all__ = ["BenchOptions", "describe_machine", "measure", "measure_stock"]
+__all__ = ["BenchOptions", "describe_machine", "measure", "measure_stock", "open_stock"]
 
 Notify = Callable[[str], None]
 Progress = Callable[[str, float], None]
@@ -41,7 +41,7 @@ class BenchOptions:
     interleave: str = "auto"
 
 
-class _Side:
+class Side:
     """One process of a pair, while it runs."""
 
     def __init__(self, options: WorkerOptions, setup: Setup, warm_up: bool) -> None:
@@ -114,7 +114,7 @@ def _uses_gpu(setup: Setup) -> bool:
     return setup.n_gpu_layers != 0 and (bool(llama_cpp.llama_supports_gpu_offload()) or bool(backend_module_paths()))
 
 
-def _open(options: BenchOptions, setup: Setup, plugin: bool, notify: Notify) -> _Side:
+def _open(options: BenchOptions, setup: Setup, plugin: bool, notify: Notify) -> Side:
     n_longest = max(t.n_ctx for t in options.tests)
     worker = replace(
         options.worker,
@@ -128,13 +128,13 @@ def _open(options: BenchOptions, setup: Setup, plugin: bool, notify: Notify) -> 
     if not plugin and _uses_gpu(setup) and setup.n_cpu_moe == 0 and not setup.overrides:
         side = _open_fitting(options, worker, setup)
     else:
-        side = _Side(worker, setup, options.warm_up)
+        side = Side(worker, setup, options.warm_up)
     if warning := side.process.ready.get("warning"):
         notify(f"warning: {warning}")
     return side
 
 
-def _open_fitting(options: BenchOptions, worker: WorkerOptions, setup: Setup) -> _Side:
+def _open_fitting(options: BenchOptions, worker: WorkerOptions, setup: Setup) -> Side:
     """Plain llama.cpp with as many layers' experts on the GPU as fit, which is the best it can do without us."""
     from hybrimoe.gguf_model import inspect
 
@@ -142,7 +142,7 @@ def _open_fitting(options: BenchOptions, worker: WorkerOptions, setup: Setup) ->
     n, step = _guessed_n_cpu_moe(model, setup, worker.n_ctx), 1
     while True:
         try:
-            return _Side(replace(worker, n_cpu_moe=n), setup, options.warm_up)
+            return Side(replace(worker, n_cpu_moe=n), setup, options.warm_up)
         except WorkerFailedError as error:
             if n >= model.n_layers or error.exit_code not in (1, DoesNotFitError.exit_code):
                 raise
@@ -163,6 +163,17 @@ def _guessed_n_cpu_moe(model: GgufModel, setup: Setup, n_ctx: int) -> int:
             n_on_cpu = layer.index + 1
             break
     return n_on_cpu
+
+
+def open_stock(model: Path, tests: Sequence[Test], n_threads: int, n_repetitions: int) -> Side:
+    """Plain llama.cpp with its defaults and random tokens, as llama-bench runs it; close it. Raises as `measure`."""
+    setup = Setup(
+        model=str(model), n_gpu_layers=-1, n_cpu_moe=0, load_mode="auto", repack=True, flash_attn="auto", type_k="f16",
+        type_v="f16", n_batch=2048, n_ubatch=512, n_threads=n_threads, overrides="", device=None, expert_cache="0",
+        cache_policy="", schedule="", prefetch="", admission="",
+    )  # fmt: skip
+    worker = WorkerOptions(setup={}, plugin=False, n_ctx=0, prompt_source="random", n_stream=0)
+    return _open(BenchOptions(tests, [setup], n_repetitions, worker), setup, False, lambda text: None)
 
 
 def measure_stock(worker: WorkerOptions, setup: Setup, tests: Sequence[Test], n_repetitions: int) -> list[Row]:
