@@ -54,6 +54,7 @@ class Model:
     ) -> None:
         import llama_cpp
 
+        self.path = Path(path)
         self._log = _quiet_log()
         if backends:
             from hybrimoe.native.backend_modules import load_backend_modules

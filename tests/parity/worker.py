@@ -204,8 +204,94 @@ def sequences(model: Model) -> tuple[Arrays, Facts]:
         return arrays, counted(context)
 
 
+def long_greedy(model: Model, n_tokens: int, n_answer: int = 200, threads: int = 2) -> tuple[Arrays, Facts]:
+    """Greedy answers to random prompts until `n_tokens` were chosen: the tokens, and a checksum of each logits row."""
+    chosen: list[int] = []
+    sums: list[int] = []
+    with Context(model, n_threads=threads) as context:
+        while len(chosen) < n_tokens:
+            prompt = random_tokens(model, 3 + len(chosen) % 29, seed=len(chosen))
+            context.clear()
+            row = context.forward(prompt, 0, last_only=True)[0]
+            for i in range(min(n_answer, n_tokens - len(chosen))):
+                sums.append(zlib.crc32(row.tobytes()))
+                chosen.append(int(row.argmax()))
+                row = context.forward([chosen[-1]], len(prompt) + i)[0]
+        return {"tokens": np.array(chosen), "sums": np.array(sums)}, counted(context)
+
+
+def _usage() -> dict[str, int]:
+    import psutil
+
+    process = psutil.Process()
+    return {"rss": process.memory_info().rss, "n_fds": process.num_fds(), "n_threads": process.num_threads()}
+
+
+def usage(model: Model, n_steps: int, n_settle: int, threads: int = 2) -> tuple[Arrays, Facts]:
+    """What the process holds after `n_settle` single-token steps and after `n_steps` of them."""
+    found = []
+    with Context(model, n_threads=threads) as context:
+        token, at = 1, 0
+        for step in range(n_steps + 1):
+            if step in (n_settle, n_steps):
+                found.append(_usage())
+            if at == 200:
+                context.clear()
+                at = 0
+            token = int(context.forward([token], at)[0].argmax())
+            at += 1
+        return {}, {"usage": found, **counted(context)}
+
+
+def reload(model: Model, times: int, n_settle: int) -> tuple[Arrays, Facts]:
+    """Loads and frees the model again and again; what the process holds after `n_settle` and after all of them."""
+    found, arrays = [], {}
+    for i in range(times + 1):
+        if i in (n_settle, times):
+            found.append(_usage())
+        plugin = model.plugin is not None
+        with Model(model.path, plugin=plugin, repack=False) as again, Context(again) as context:
+            tokens = random_tokens(again, 9)
+            rows = [context.forward(tokens[:5], 0), *(context.forward([t], 5 + k) for k, t in enumerate(tokens[5:]))]
+            arrays[str(i)] = np.concatenate(rows)
+    return arrays, {"usage": found}
+
+
+def two_engines(model: Model, engines: list[dict[str, Any]]) -> tuple[Arrays, Facts]:
+    """One process, several models with settings of their own, in turns."""
+    arrays: Arrays = {}
+    made = []
+    for one in engines:
+        if model.plugin is not None:
+            model.plugin.configure(**one)
+        made.append(Context(model))
+    tokens = random_tokens(model, 21)
+    for step, (first, n) in enumerate([(0, 17), *((17 + i, 1) for i in range(4))]):
+        for i, context in enumerate(made):
+            arrays[f"{i}/{step}"] = context.forward(tokens[first : first + n], first)
+    facts: Facts = {"engines": [counted(context) for context in made]}
+    for context in made:
+        context.close()
+    return arrays, facts
+
+
 SCENARIOS: dict[str, Callable[..., tuple[Arrays, Facts]]] = {
-    f.__name__: f for f in (logits, greedy, forced, log_probs, callback, warmup, thread_counts, two_contexts, sequences)
+    f.__name__: f
+    for f in (
+        logits,
+        greedy,
+        forced,
+        log_probs,
+        callback,
+        warmup,
+        thread_counts,
+        two_contexts,
+        sequences,
+        long_greedy,
+        usage,
+        reload,
+        two_engines,
+    )
 }
 
 
