@@ -189,7 +189,7 @@ def analyse(trace: TraceFile, facts: Facts, about: Mapping[str, Any]) -> dict[st
         if made is not None:
             profile["phases"][name] = made
     profile["prefetch"] = _prefetch(facts)
-    profile["prediction"] = _prediction(facts)
+    profile["prediction"] = _prediction(facts, profile["phases"], about)
     profile["guard"] = facts.state.get("guard")
     profile["heat"] = heat_of(trace)
     profile["events"] = facts.events
@@ -326,16 +326,28 @@ def _prefetch(facts: Facts) -> dict[str, float]:
     return {"n_issued": issued, **facts.stats}
 
 
-def _prediction(facts: Facts) -> dict[str, Any] | None:
+def _prediction(facts: Facts, phases: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any] | None:
     """Decode: what the plans or the calibration said of each layer's experts, and what they took."""
-    if not facts.predictions:
+    rows = facts.predictions
+    if about["devices_are_cpus"] and "decode" in phases:
+        # The plug-in's own counters begin when the accelerators are started: for such devices, when they are done.
+        rows = [
+            {
+                "layer": layer["layer"],
+                "n_steps": layer["n_blocks"],
+                "predicted_us": layer["predicted_us"],
+                "observed_us": layer["launch_us"] + layer["observed_us"],
+            }
+            for layer in phases["decode"]["layers"]
+            if layer["predicted_us"]
+        ]
+    if not rows:
         return None
-    errors = [abs(p["predicted_us"] / p["observed_us"] - 1.0) for p in facts.predictions]
     return {
-        "median_error": statistics.median(errors),
-        "token_predicted_us": sum(p["predicted_us"] for p in facts.predictions),
-        "token_observed_us": sum(p["observed_us"] for p in facts.predictions),
-        "layers": facts.predictions,
+        "median_error": statistics.median(abs(p["predicted_us"] / p["observed_us"] - 1.0) for p in rows),
+        "token_predicted_us": sum(p["predicted_us"] for p in rows),
+        "token_observed_us": sum(p["observed_us"] for p in rows),
+        "layers": rows,
     }
 
 
