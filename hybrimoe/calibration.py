@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrimoe.errors import HybrimoeError, from_os_error
+from hybrimoe.json_text import parse_json
 from hybrimoe.native.probe import FfnShape
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Calibration", "CalibrationError", "default_path", "load", "load_matching", "load_or_probe", "probe"]
 
 FORMAT = 1
+_MOST = 1e18  # of any figure
 QUICK_SECONDS, FULL_SECONDS = 5.0, 30.0
 # Types that the CPU kernels know (native/kernels/moe_kernels.h), by ggml's numbers.
 _KERNEL_TYPES = (0, 1, 2, 3, 8, 12, 13, 14, 20, 23, 30, 39)
@@ -221,7 +223,7 @@ def load(path: Path) -> Calibration:
     """Reads a calibration. Raises CalibrationError when it is missing, corrupt, edited, or of another format."""
     hint = "hybrimoe probe"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CalibrationError(f"there is no calibration '{path}'", hint) from None
     except (OSError, ValueError) as error:
@@ -230,7 +232,69 @@ def load(path: Path) -> Calibration:
         raise CalibrationError(f"the calibration '{path}' is of another format", hint)
     if data.get("checksum") != _checksum(data):
         raise CalibrationError(f"the calibration '{path}' was changed by hand or is damaged", hint)
-    return Calibration(data, path)
+    found = Calibration(data, path)
+    try:
+        _check(found)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, ZeroDivisionError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise CalibrationError(f"the calibration '{path}' is malformed ({what})", hint) from error
+    return found
+
+
+def _check(found: Calibration) -> None:
+    """Raises what reading a part raises that is not as `probe` makes it: its checksum says nothing about that."""
+    if not isinstance(found.data.get("key", {}), dict):
+        raise TypeError("the key is no object")
+    if not all(isinstance(reason, str) for reason in found.reasons) or not isinstance(found.data["date"], str):
+        raise TypeError("a text is none")
+    threads = [str(int(n)) for n in found.data["n_threads"]]
+    for one in found.fit["cpu"]:
+        _check_shape(one["shape"])
+        for n in threads:
+            _check_curve(one["by_threads"][n])
+            _positive(one["by_threads"][n].get("dense_bytes_per_us", 1))
+            _positive(one["by_threads"][n]["node_us"], zero=True)
+    if not found.fit["cpu"]:
+        raise ValueError("nothing of the CPU")
+    for device in found.devices:
+        int(device["device"])
+        _positive(device["dram_bytes_per_us"])
+        for one in device["experts"]:
+            _check_shape(one["shape"])
+            _check_curve(one)
+        link = found._link(device)
+        _positive(link["latency_us"], zero=True)
+        _positive(link["bytes_per_us"])
+    for rate in found.fit.get("read_bytes_per_us", {}).values():
+        _positive(rate)
+    if found.fit.get("disk_bytes_per_us") is not None:
+        _positive(found.fit["disk_bytes_per_us"])
+
+
+def _check_shape(data: Mapping[str, Any]) -> None:
+    from hybrimoe.probing.measure import expert_bytes
+
+    shape = _shape_of(data)
+    if not all(type(value) is int for value in asdict(shape).values()) or min(shape.n_embd, shape.n_ff) < 1:
+        raise TypeError("a shape is none")
+    _positive(expert_bytes(shape))
+
+
+def _check_curve(data: Mapping[str, Any]) -> None:
+    _positive(data["step_us"], zero=True)
+    _positive(data["first_us"], zero=True)
+    if not data["points"]:
+        raise ValueError("a curve without points")
+    for n_tokens, us in data["points"]:
+        _positive(n_tokens)
+        _positive(us)
+
+
+def _positive(value: Any, *, zero: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{value!r:.40} is no number")
+    if not 0 <= value <= _MOST or (value == 0 and not zero):
+        raise ValueError(f"{value!r:.40} is out of range")
 
 
 def machine_key() -> dict[str, Any]:

@@ -304,6 +304,8 @@ def _read_file(path: Path | None, options: Sequence[Option]) -> dict[str, Any]:
     try:
         toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
         data: dict[str, Any] = toml.loads(text)
+    except RecursionError:
+        raise UsageError(f"{path} nests too deeply") from None
     except ValueError as error:
         raise UsageError(f"{path} is no TOML: {error}") from None
     known = {name for option in options if option.in_file for name in option.long_names}

@@ -28,7 +28,13 @@ _MAX_NAME_BYTES = 63  # ggml's GGML_MAX_NAME less the final zero
 # Bounds that no real file comes near (the largest vocabularies have 0.3 million entries, templates 0.1 MB).
 _MAX_STRING_BYTES = 64 << 20
 _MAX_STRING_ARRAY = 1 << 24
-_MAX_KEPT_ARRAY = 1 << 16
+_MAX_KEYS = 1 << 16  # and tensors
+# What is kept of a header is bounded whatever the file's size: a hostile one must not fill the memory. Numbers are kept
+# for what llama.cpp has per layer; a key is at most what the format allows.
+_MAX_KEPT_ARRAY = 1 << 12
+_MAX_KEY_BYTES = (1 << 16) - 1
+_KEPT_BYTES = 8 << 20
+_BYTES_PER_NUMBER = 40
 _MIN_KV_BYTES = 8 + 1 + 4 + 1
 _MIN_TENSOR_BYTES = 8 + 1 + 4 + 4 + 8
 _CHUNK_BYTES = 1 << 18
@@ -95,7 +101,7 @@ _STRING, _ARRAY = 8, 9
 
 @dataclass(frozen=True)
 class ArraySummary:
-    """Stands for an array that was skipped: a vocabulary, or more numbers than per-layer data could have."""
+    """Stands for what was skipped: a vocabulary, more numbers than per-layer data could have, or a text too long."""
 
     n_items: int
     of_strings: bool
@@ -145,6 +151,7 @@ class _Reader:
         self._at = 0  # within the buffer
         self._base = 0  # file offset of the buffer's start
         self.file_bytes = file_bytes
+        self._to_keep = _KEPT_BYTES
 
     @property
     def offset(self) -> int:
@@ -191,19 +198,49 @@ class _Reader:
     def u64(self, reading: str) -> int:
         return int.from_bytes(self.take(8, reading), "little")
 
-    def string(self, reading: str) -> str:
+    def _keeps(self, n_bytes: int) -> bool:
+        """Whether that much more of the header may be kept."""
+        if n_bytes > self._to_keep:
+            return False
+        self._to_keep -= n_bytes
+        return True
+
+    def key(self, number: int) -> str:
+        reading = f"metadata key {number}"
+        key = self._short_string(reading, _MAX_KEY_BYTES)
+        if not self._keeps(len(key)):
+            raise self.fail("is damaged: its metadata keys are too long")
+        return key
+
+    def tensor_name(self, number: int) -> str:
+        return self._short_string(f"the name of tensor {number}", _MAX_NAME_BYTES)
+
+    def _short_string(self, reading: str, most: int) -> str:
+        n_bytes = self._string_bytes(reading)
+        if n_bytes > most:
+            raise self.fail(f"is damaged: {reading} is longer than {most} bytes")
+        return str(self.take(n_bytes, reading), "utf-8", errors="replace")
+
+    def _string_bytes(self, reading: str) -> int:
         n_bytes = self.u64(reading)
         if n_bytes > self.n_left:
             raise self.fail(f"is damaged or truncated: {reading} would be {n_bytes} bytes long, {self.n_left} are left")
         if n_bytes > _MAX_STRING_BYTES:
             raise self.fail(f"is damaged: {reading} would be {n_bytes} bytes long")
+        return n_bytes
+
+    def _string(self, reading: str) -> str | ArraySummary:
+        n_bytes = self._string_bytes(reading)
+        if not self._keeps(n_bytes):
+            self.skip(n_bytes, reading)
+            return ArraySummary(n_bytes, of_strings=False)
         return str(self.take(n_bytes, reading), "utf-8", errors="replace")
 
     def value(self, key: str) -> Value:
         reading = f"the value of '{key}'"
         kind = self.u32(reading)
         if kind == _STRING:
-            return self.string(reading)
+            return self._string(reading)
         if kind == _ARRAY:
             return self._array(key, reading)
         if kind not in _SCALARS:
@@ -223,7 +260,7 @@ class _Reader:
         if n * item_bytes > self.n_left:
             raise self.fail(f"is damaged or truncated: '{key}' would have {n} entries, {self.n_left} bytes are left")
         if kind != _STRING:
-            if n <= _MAX_KEPT_ARRAY:
+            if n <= _MAX_KEPT_ARRAY and self._keeps(n * _BYTES_PER_NUMBER):
                 return self._numbers(_SCALARS[kind], n, reading)
             self.skip(n * item_bytes, reading)
             return ArraySummary(n, of_strings=False)
@@ -280,9 +317,12 @@ def _parse(reader: _Reader, path: Path) -> GgufHeader:
     if n_tensors * _MIN_TENSOR_BYTES > reader.n_left:
         raise reader.fail(f"is damaged or truncated: {n_tensors} tensors do not fit in {reader.file_bytes} bytes")
 
+    if max(n_kv, n_tensors) > _MAX_KEYS:
+        raise reader.fail(f"is damaged: {n_kv} metadata entries and {n_tensors} tensors are more than any model has")
+
     metadata: dict[str, Value] = {}
     for i in range(n_kv):
-        key = reader.string(f"metadata key {i}")
+        key = reader.key(i)
         if not key or key in metadata:
             raise reader.fail(f"is damaged: metadata key {i} is {'a duplicate' if key else 'empty'}")
         metadata[key] = reader.value(key)
@@ -332,9 +372,7 @@ class _Entry:
 
 
 def _tensor_entry(reader: _Reader, i: int) -> _Entry:
-    name = reader.string(f"the name of tensor {i}")
-    if len(name.encode()) > _MAX_NAME_BYTES:
-        raise reader.fail(f"is damaged: the name of tensor {i} is longer than {_MAX_NAME_BYTES} bytes")
+    name = reader.tensor_name(i)
     reading = f"the entry of tensor '{name}'"
     n_dims = reader.u32(reading)
     if n_dims > _MAX_DIMS:

@@ -444,6 +444,8 @@ class _Builder:
                 shared.append(tensor)
         if not any(t.name.endswith(".weight") for t in experts):
             return None
+        if not part_bytes["down"] or not (part_bytes["up"] or part_bytes["gate_up"]):
+            raise self.meta.fail(f"is damaged: layer {index} lacks matrices of its experts")
         if not 1 <= n_used <= n_experts:
             raise self.meta.fail(
                 f"is damaged: layer {index} has {n_experts} experts, '{self.key('expert_used_count')}' is {n_used}"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybrimoe.errors import UsageError, from_os_error
 from hybrimoe.generation import RANDOM_SEED, Answer, Sampling
+from hybrimoe.json_text import parse_json
 
 if TYPE_CHECKING:
     from hybrimoe.engine import Engine
@@ -115,7 +116,7 @@ class Session:
     def load(self, path: Path) -> None:
         """Replaces the conversation by a saved one. Raises UsageError for a file that is none; nothing changes then."""
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = parse_json(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise from_os_error(error, f"read '{path}'") from error
         except ValueError as error:
@@ -130,7 +131,9 @@ class Session:
 
 
 def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and value.get("role") in _ROLES and isinstance(value.get("content"), str)
+    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
+        return False
+    return value["role"] in _ROLES and isinstance(value.get("content"), str)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -299,7 +299,7 @@ class Costs(Handle):
             missing = CoreError(f"the calibration lacks {error}", "run: hybrimoe probe")
             missing.code = abi.MISSING_COST
             raise missing from error
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise CoreUsageError(f"the calibration is malformed: {error}", "run: hybrimoe probe") from error
         costs.check()
         return costs

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrimoe.errors import UsageError, from_os_error
+from hybrimoe.json_text import parse_json
 
 if TYPE_CHECKING:
     from hybrimoe.native.core import Costs
@@ -28,6 +29,8 @@ __all__ = ["Cpu", "Gpu", "Link", "Machine", "load", "names"]
 _FOLDER = Path(__file__).parent
 # Bits per weight of Q4_K, to guess an expert's multiplications from its bytes where nothing better is known.
 _GUESSED_BITS = 4.5
+# Cards, cores.
+_MOST = 1 << 16
 # Tokens at which the curves are given; the core draws straight lines between and beyond.
 _CURVE_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -178,7 +181,7 @@ def load(text: str | Path) -> Machine:
 def _read(path: Path) -> Machine:
     hint = "see docs/simulate.md for what a machine file holds"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise from_os_error(error, f"read '{path}'") from error
     except ValueError as error:
@@ -187,7 +190,7 @@ def _read(path: Path) -> Machine:
         return _machine(data)
     except KeyError as error:
         raise UsageError(f"the machine file '{path}' lacks {error}", hint) from error
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UsageError(f"the machine file '{path}' is malformed: {error}", hint) from error
 
 
@@ -209,7 +212,7 @@ def _gpu(data: Mapping[str, Any]) -> Gpu:
     values = {name: _positive(data[name], f"gpu.{name}") for name in fields}
     return Gpu(
         name=str(data["name"]),
-        count=int(data.get("count", 1)),
+        count=_count(data.get("count", 1), "gpu.count"),
         step_us=_positive(data["step_us"], "gpu.step_us", zero=True),
         **values,
     )
@@ -226,13 +229,20 @@ def _link(data: Mapping[str, Any]) -> Link:
 def _cpu(data: Mapping[str, Any]) -> Cpu:
     return Cpu(
         name=str(data["name"]),
-        cores=int(data["cores"]),
+        cores=_count(data["cores"], "cpu.cores"),
         stream_bytes_per_s=_positive(data["stream_bytes_per_s"], "cpu.stream_bytes_per_s"),
         ram_bytes=_positive(data["ram_bytes"], "cpu.ram_bytes"),
         macs_per_s=_positive(data["macs_per_s"], "cpu.macs_per_s"),
         step_us=_positive(data["step_us"], "cpu.step_us", zero=True),
         first_us=_positive(data["first_us"], "cpu.first_us", zero=True),
     )
+
+
+def _count(value: Any, name: str) -> int:
+    number = int(value)
+    if not 1 <= number <= _MOST:
+        raise ValueError(f"{name} = {value} must be from 1 to {_MOST}")
+    return number
 
 
 def _positive(value: Any, name: str, *, zero: bool = False) -> float:

@@ -7,18 +7,24 @@ description of its arrays, and the arrays' bytes. Whatever was written whole can
 from __future__ import annotations
 
 import json
+import math
 import struct
 import zlib
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
+from hybrimoe.errors import DoesNotFitError
+from hybrimoe.json_text import parse_json
 from hybrimoe.trace.errors import TraceError
 
 if TYPE_CHECKING:
+    import numpy as np
     import numpy.typing as npt
 
-__all__ = ["MAGIC", "MINOR_VERSION", "VERSION", "Block", "pack_block", "pack_head", "read_blocks", "read_head"]
+__all__ = [
+    "MAGIC", "MINOR_VERSION", "VERSION", "Block", "check_memory", "pack_block", "pack_head", "read_blocks", "read_head",
+]  # fmt: skip
 
 # A byte above 127 and both kinds of line end reveal a transfer as text (as PNG does it).
 MAGIC = b"\x93HMTRACE\r\n\x1a\n"
@@ -32,6 +38,8 @@ _FRAME_CRC = struct.Struct("<I")  # CRC of the frame: a wrong size is told from 
 _LEVEL = 6
 # No sane head or description is larger; a corrupt size must not ask for gigabytes.
 _MAX_JSON_BYTES = 1 << 26
+# From this size on a block is unpacked only where that much memory is free: zeros pack a thousandfold.
+_ASK_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,10 @@ def read_head(file: IO[bytes], name: str) -> dict[str, Any]:
         raise TraceError(f"the trace '{name}' is cut short in its head", "record or import it again")
     if zlib.crc32(text) != crc:
         raise TraceError(f"the trace '{name}' is corrupt: wrong checksum of its head", "record or import it again")
-    head = json.loads(text)
+    try:
+        head = parse_json(text)
+    except ValueError:
+        head = None
     if not isinstance(head, dict):
         raise TraceError(f"the trace '{name}' is corrupt: its head is no object", "record or import it again")
     return head
@@ -140,17 +151,61 @@ def _unpack(body: bytes, n_text: int, name: str, where: str, position: int, want
     import numpy as np
 
     try:
-        values = json.loads(body[:n_text])
+        values = parse_json(body[:n_text])
+        if not isinstance(values, dict):
+            raise ValueError("it has no description")
         kind, described = values.pop("kind"), values.pop("arrays")
-        arrays, at = {}, n_text
-        for key, code, shape, n_bytes in described:
-            packed, at = body[at : at + n_bytes], at + n_bytes
-            if wanted is not None and key not in wanted:
-                continue
-            dtype = np.dtype(code)
-            data = np.frombuffer(zlib.decompress(packed), dtype=np.uint8)
+        found, at = {}, n_text
+        for key, code, shape, n_packed in described:
+            dtype = _dtype(code)
+            if not all(type(n) is int and n >= 0 for n in (n_packed, *shape)):
+                raise ValueError(f"its array '{key}' has impossible sizes")
+            if wanted is None or key in wanted:
+                found[str(key)] = dtype, tuple(shape), body[at : at + n_packed]
+            at += n_packed
+        check_memory(sum(math.prod(shape) * dtype.itemsize for dtype, shape, _ in found.values()), name)
+        arrays = {}
+        for key, (dtype, shape, packed) in found.items():
+            data = np.frombuffer(_inflate(packed, math.prod(shape) * dtype.itemsize), dtype=np.uint8)
             planes = data.reshape(dtype.itemsize, -1).T
             arrays[key] = np.ascontiguousarray(planes).reshape(-1).view(dtype).reshape(shape)
-    except (KeyError, TypeError, ValueError, zlib.error) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, zlib.error) as error:
         raise _corrupt(name, where, str(error)) from error
-    return Block(kind, values, arrays, position)
+    return Block(str(kind), values, arrays, position)
+
+
+def _dtype(code: Any) -> np.dtype[Any]:
+    """The type of an array; only plain numbers are. Raises ValueError."""
+    import numpy as np
+
+    try:
+        dtype = np.dtype(code) if isinstance(code, str) else None
+    except (TypeError, SyntaxError):
+        dtype = None
+    if dtype is None or dtype.kind not in "iuf" or dtype.itemsize not in (1, 2, 4, 8):
+        raise ValueError(f"{code!r} is no type of numbers")
+    return dtype
+
+
+def _inflate(packed: bytes, n_bytes: int) -> bytes:
+    """Exactly `n_bytes`: what claims to be small must not fill the memory. Raises ValueError, zlib.error."""
+    inflate = zlib.decompressobj()
+    data = inflate.decompress(packed, n_bytes + 1)
+    if len(data) != n_bytes or not inflate.eof:
+        raise ValueError(f"an array unpacks to another size than {n_bytes} bytes")
+    return data
+
+
+def check_memory(n_bytes: int, name: str) -> None:
+    """Raises DoesNotFitError where unpacking `n_bytes` would need more memory than is free."""
+    if n_bytes < _ASK_BYTES:
+        return
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    # Packed planes, their transposition and the result are there at the same time.
+    if 3 * n_bytes > free:
+        raise DoesNotFitError(
+            f"a block of the trace '{name}' needs {3 * n_bytes / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free",
+            "record shorter prompts, or leave scores out",
+        )

@@ -9,6 +9,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from hybrimoe.errors import from_os_error
 from hybrimoe.trace.blocks import read_blocks, read_head
+from hybrimoe.trace.checks import check_events, check_prompts, check_tokens, mapping
 from hybrimoe.trace.errors import TraceError
 from hybrimoe.trace.events import COLUMNS, EventType, Note, StepKind
 
@@ -22,6 +23,12 @@ __all__ = ["MAX_LOOKAHEAD", "ModelIdentity", "TraceFile", "id_dtype", "read"]
 
 MAX_LOOKAHEAD = 3
 _MAX_EXPERTS = 1024
+_MAX_LAYERS = 1024
+# Tokens of one step, and what a recorded id can stand for at most (where only the last layer has experts, a prompt's
+# other tokens have none).
+_MAX_STEP_TOKENS = 1 << 16
+_TOKENS_PER_ID = 64
+_MOST = 1 << 53  # what is still exact as a float
 _EVENT_FIELDS = ("ids", "weights", "scores", "lookahead", "device")
 
 
@@ -48,15 +55,23 @@ class ModelIdentity:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModelIdentity:
-        """Reads the head's `model`; unknown keys are left alone."""
+        """Reads the head's `model`; unknown keys are left alone. Raises TypeError for values of other types."""
         known = {f.name for f in fields(cls)}
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in known}
-        return cls(**values)
+        made = cls(**values)
+        for f in fields(cls):
+            value = getattr(made, f.name)
+            items = value if f.name in ("layers", "expert_bytes", "expert_macs") else (value,)
+            kind = str if f.name in ("name", "architecture", "sha256") else int
+            if not isinstance(items, tuple) or not all(type(item) is kind for item in items):
+                raise TypeError(f"a '{f.name}' of the right type")
+        return made
 
     def check(self, name: str) -> None:
         """Raises TraceError if the numbers cannot be true."""
+        sizes = (*self.layers, *self.expert_bytes, *self.expert_macs, self.dense_bytes)
         problems = [
-            (self.n_layers < 1, f"{self.n_layers} layers"),
+            (not 1 <= self.n_layers <= _MAX_LAYERS, f"{self.n_layers} layers (1..{_MAX_LAYERS} are possible)"),
             (not 1 <= self.n_expert <= _MAX_EXPERTS, f"{self.n_expert} experts (1..{_MAX_EXPERTS} are possible)"),
             (not 1 <= self.top_k <= max(1, self.n_expert), f"top-{self.top_k} of {self.n_expert} experts"),
             (
@@ -64,6 +79,8 @@ class ModelIdentity:
                 f"{len(self.layers)} layer numbers for {self.n_layers} layers",
             ),
             (len(self.expert_bytes) not in (0, self.n_layers), f"{len(self.expert_bytes)} expert sizes"),
+            (len(self.expert_macs) not in (0, self.n_layers), f"{len(self.expert_macs)} expert costs"),
+            (not all(0 <= n <= _MOST for n in sizes), "sizes that no model has"),
         ]
         for wrong, what in problems:
             if wrong:
@@ -183,36 +200,43 @@ def _read(file: IO[bytes], path: Path, want: Collection[str] | None) -> TraceFil
     costs: list[Mapping[str, Any]] = []
     end: Mapping[str, Any] | None = None
     cut, n_blocks = False, 0
+    n_tokens = 0
     for block in read_blocks(file, path.name, wanted):
         if block is None:
             cut = True
             break
         n_blocks += 1
         if block.kind == "tokens":
-            _check_ids(block.arrays["experts"], model, path.name, int(block.values["first"]))
+            check_tokens(block, model, path.name)
+            _check_ids(block.arrays["experts"], model, path.name, n_tokens)
             tokens.append(block.arrays)
+            n_tokens += len(block.arrays["experts"])
         elif block.kind == "events":
+            check_events(block, path.name)
             events.append(block.arrays)
         elif block.kind == "costs":
-            costs.append(block.values["costs"])
+            costs.append(mapping(block.values.get("costs"), "costs", path.name))
         elif block.kind == "end":
             end = block.values
-    note = ""
+    check_prompts([block["prompt"] for block in tokens], path.name)
+    note, counters = "", None
+    if end is not None and end.get("counters") is not None:
+        counters = mapping(end["counters"], "counters", path.name)
     if end is None:
         how = "ends in the middle of a block" if cut else "was never closed"
         note = f"the trace '{path.name}' {how}: read up to its last whole block"
-    if not tokens and not events:
+    if not n_tokens and not any(len(block["type"]) for block in events):
         what = "has no whole block" if end is None else "holds no tokens"
         raise TraceError(f"the trace '{path.name}' {what}", "record or import it again")
     result = TraceFile(
         path,
         model,
-        head.get("source", {}),
-        head.get("run"),
+        mapping(head.get("source", {}), "source", path.name),
+        None if head.get("run") is None else mapping(head["run"], "run", path.name),
         np.zeros((0, model.n_layers, model.top_k), np.int32),
         np.zeros(1, np.int64),
         costs=costs,
-        counters=None if end is None else end.get("counters"),
+        counters=counters,
         complete=end is not None,
         note=note,
         n_blocks=n_blocks,
@@ -314,6 +338,12 @@ def _tokens_of_events(result: TraceFile) -> None:
     steps, layers = _steps_of_events(events)
     if not steps:
         return
+    n_ids = len(result.event_arrays.get("ids", ()))
+    n_rows = [s[0] for s in steps]
+    if not all(1 <= n <= _MAX_STEP_TOKENS for n in n_rows) or sum(n_rows) > _MAX_STEP_TOKENS + _TOKENS_PER_ID * n_ids:
+        raise TraceError(
+            f"the trace '{result.path.name}' is corrupt: {sum(n_rows)} tokens, {n_ids} expert ids", "record it again"
+        )
     firsts = np.concatenate([[0], np.cumsum([s[0] for s in steps], dtype=np.int64)]).astype(np.int64)
     experts = np.full((int(firsts[-1]), m.n_layers, m.top_k), -1, np.int32)
     arrays = result.event_arrays
@@ -325,7 +355,8 @@ def _tokens_of_events(result: TraceFile) -> None:
         last = int(firsts[step + 1])
         n = rows * m.top_k
         here = ids[offset : offset + n]
-        if layer >= m.n_layers or rows > steps[step][0] or len(here) < n or here.max() >= m.n_expert:
+        impossible = not 0 <= layer < m.n_layers or not 1 <= rows <= steps[step][0] or offset < 0
+        if impossible or len(here) < n or here.max() >= m.n_expert:
             raise TraceError(
                 f"the trace '{result.path.name}': impossible layer event in step {step}: layer {layer}, {rows} rows",
                 "record it again",
@@ -335,8 +366,9 @@ def _tokens_of_events(result: TraceFile) -> None:
             weights[last - rows : last, layer] = arrays["weights"][offset : offset + n].reshape(rows, m.top_k)
         if scores is not None:
             values = arrays["scores"][scores_offset : scores_offset + rows * m.n_expert]
+            if len(values) < rows * m.n_expert:
+                raise TraceError(f"the trace '{result.path.name}' is corrupt: scores are missing", "record it again")
             scores[last - rows : last, layer] = values.reshape(rows, m.n_expert)
-    n_rows = [s[0] for s in steps]
     result.experts, result.weights, result.scores = experts, weights, scores
     result.prompt_offsets = offsets_of(np.repeat([s[1] for s in steps], n_rows))
     if min(s[2] for s in steps) >= 0:

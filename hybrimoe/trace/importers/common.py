@@ -18,7 +18,11 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-_INTEGER = re.compile(r"-?\d+")
+_INTEGER = re.compile(r"-?[0-9]{1,18}")
+_MOST = (1 << 31) - 1
+_MAX_LAYERS = _MAX_TOP_K = 1024
+# Cells of the array of ids for each id that the file names: layers that a token did not run are few.
+_CELLS_PER_ID, _FREE_CELLS = 64, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,10 @@ def header_of(start: bytes) -> list[str]:
         return []
     for line in text.splitlines():
         if line.strip() and not line.startswith("#"):
-            return [cell.strip().lower() for cell in next(csv.reader([line]))]
+            try:
+                return [cell.strip().lower() for cell in next(csv.reader([line]))]
+            except csv.Error:
+                return []
     return []
 
 
@@ -103,6 +110,13 @@ def rows(text: str, path: Path, needed: Sequence[str]) -> Iterator[tuple[int, Ma
     """Rows of a CSV text as (line number, cells by lower-case column name). Comment lines begin with '#'."""
     lines = [("" if line.startswith("#") else line) for line in text.splitlines()]
     reader = csv.reader(io.StringIO("\n".join(lines)))
+    try:
+        yield from _cells(reader, path, needed)
+    except csv.Error as error:
+        raise bad_line(path, reader.line_num, str(error)) from error
+
+
+def _cells(reader: Any, path: Path, needed: Sequence[str]) -> Iterator[tuple[int, Mapping[str, str]]]:
     names: list[str] = []
     for cells in reader:
         if not cells:
@@ -130,14 +144,23 @@ def integer(path: Path, line: int, row: Mapping[str, str], name: str) -> int:
         value = int(row[name])
     except ValueError:
         raise bad_line(path, line, f"'{row[name]}' is no {name}") from None
-    if value < 0:
-        raise bad_line(path, line, f"{name} {value} is below 0")
+    if not 0 <= value <= _MOST:
+        raise bad_line(path, line, f"{name} {value} is {'below 0' if value < 0 else 'too large'}")
     return value
+
+
+def check_size(path: Path, n_tokens: int, n_layers: int, top_k: int, n_ids: int) -> None:
+    """Raises TraceError where `n_ids` ids in a file would become an array that no model's routing needs."""
+    if n_layers > _MAX_LAYERS or not 1 <= top_k <= _MAX_TOP_K:
+        raise TraceError(f"'{path}' has {n_layers} layers and top-{top_k}: no model has so many")
+    if n_tokens * n_layers * top_k > _FREE_CELLS + _CELLS_PER_ID * n_ids:
+        raise TraceError(f"'{path}' has {n_tokens} tokens and {n_layers} layers, but only {n_ids} expert ids")
 
 
 def integers(path: Path, line: int, text: str) -> list[int]:
     """Ids in a cell such as '[8, 26, 56]' or '8 26 56'; they must be different and at least 0."""
     found = [int(number) for number in _INTEGER.findall(text)]
-    if not found or _INTEGER.sub("", text).strip(" []();,") or min(found) < 0 or len(set(found)) < len(found):
+    sound = bool(found) and not _INTEGER.sub("", text).strip(" []();,")
+    if not sound or min(found) < 0 or max(found) > _MOST or len(set(found)) < len(found):
         raise bad_line(path, line, f"'{text}' are no expert ids")
     return found

@@ -16,6 +16,7 @@ from hybrimoe.trace.importers.common import (
     Imported,
     ImportOptions,
     bad_line,
+    check_size,
     header_of,
     identity,
     integer,
@@ -43,7 +44,7 @@ def load(paths: Sequence[Path], options: ImportOptions) -> Imported:
         text = read_text(path)
         names = header_of(text[: 1 << 16].encode())
         layer_name, expert_name = (next((n for n in c if n in names), c[0]) for c in (_LAYER, _EXPERT))
-        last = 1 << 30
+        last = 1 << 31
         for line, row in rows(text, path, (layer_name, expert_name)):
             layer = integer(path, line, row, layer_name)
             ids = integers(path, line, row[expert_name])
@@ -62,6 +63,8 @@ def load(paths: Sequence[Path], options: ImportOptions) -> Imported:
     layers = sorted({layer for step in steps for layer in step[3]})
     if len(layers) == 1 and options.top_k is None and len(steps) == 1:
         raise UsageError("with a single layer the rows do not say where a token ends", "give --top-k")
+    n_tokens = sum(-(-max(len(ids) for ids in step[3].values()) // top_k) for step in steps)
+    check_size(paths[0], n_tokens, len(layers), top_k, sum(len(ids) for s in steps for ids in s[3].values()))
     at = {layer: i for i, layer in enumerate(layers)}
     parts, prompts = [], []
     for prompt, path, line, found in steps:

@@ -13,6 +13,7 @@ from hybrimoe.trace.importers.common import (
     Imported,
     ImportOptions,
     bad_line,
+    check_size,
     header_of,
     identity,
     integer,
@@ -53,6 +54,8 @@ def load(paths: Sequence[Path], options: ImportOptions) -> Imported:
     for number, prompt in enumerate(prompts):
         if sorted(prompt) != layers:
             raise TraceError(f"prompt {number} has layers {sorted(prompt)}, the first has {layers}")
+    n_tokens = sum(len(p[layers[0]]) for p in prompts)
+    check_size(paths[0], n_tokens, len(layers), top_k, n_tokens * len(layers) * top_k)
     experts = np.concatenate([np.array([p[layer] for layer in layers], np.int32).swapaxes(0, 1) for p in prompts])
     lengths = [len(p[layers[0]]) for p in prompts]
     notes: list[str] = []

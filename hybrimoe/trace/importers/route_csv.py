@@ -18,6 +18,7 @@ from hybrimoe.trace.importers.common import (
     Imported,
     ImportOptions,
     bad_line,
+    check_size,
     header_of,
     identity,
     integer,
@@ -26,6 +27,7 @@ from hybrimoe.trace.importers.common import (
 )
 
 _COLUMNS = ("turn", "phase", "step", "layer", "slot", "expert")
+_SMALL = re.compile(r"[0-9]{1,15}")
 _FACT = re.compile(r"(\w+)=(\S+)")
 
 
@@ -63,6 +65,7 @@ def load(paths: Sequence[Path], options: ImportOptions) -> Imported:
     layers = sorted({layer for _, _, layer in cells})
     tokens = sorted(phases)
     token_at, layer_at = {t: i for i, t in enumerate(tokens)}, {layer: i for i, layer in enumerate(layers)}
+    check_size(path, len(tokens), len(layers), top_k, sum(len(cell) for cell in cells.values()))
     experts = np.full((len(tokens), len(layers), top_k), -1, np.int32)
     weights = np.zeros(experts.shape, np.float32)
     for (turn, step, layer), cell in cells.items():
@@ -102,8 +105,8 @@ def _facts(text: str) -> tuple[dict[str, str], dict[int, int]]:
     for line in text.splitlines():
         if line.startswith("#"):
             found = dict(_FACT.findall(line))
-            if found.get("layer", "").isdigit() and found.get("expert_bytes", "").isdigit():
+            if _SMALL.fullmatch(found.get("layer", "")) and _SMALL.fullmatch(found.get("expert_bytes", "")):
                 sizes[int(found["layer"])] = int(found["expert_bytes"])
             else:
                 facts.update(found)
-    return {k: v for k, v in facts.items() if k not in ("n_expert", "n_expert_used") or v.isdigit()}, sizes
+    return {k: v for k, v in facts.items() if k not in ("n_expert", "n_expert_used") or _SMALL.fullmatch(v)}, sizes
