@@ -1,8 +1,8 @@
 #include "settings.h"
 
+#include "json_text.h"
 #include "kernels/moe_kernels.h"
 
-#include "nlohmann/json.hpp"
 
 #include <cmath>
 #include <cstdlib>
@@ -265,8 +265,8 @@ settings & stored() {
 settings parse_settings(const std::string & json, settings base) {
     json_value object;
     try {
-        object = json_value::parse(json);
-    } catch (const json_value::exception & error) {
+        object = parse_json(json);
+    } catch (const std::exception & error) {
         throw std::invalid_argument(std::string("not JSON: ") + error.what());
     }
     if (!object.is_object()) {

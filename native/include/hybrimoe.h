@@ -73,7 +73,7 @@ struct hybrimoe_layer_counters {
     uint64_t n_prefetched; // of these, speculative ones
     uint64_t h2d_bytes;    // of all copies
     uint64_t n_decode;     // blocks of a single token
-    double decode_us;      // their experts, from the plan's end until the last accelerator was done
+    double decode_us;      // their experts, from the launch until the last accelerator was done
     double predicted_us;   // what the plans of these blocks said that would take; 0 without accelerators
 };
 

@@ -14,6 +14,8 @@ namespace hybrimoe {
 
 class cpu_timer;
 
+// A model of the book's layers and classes without costs.
+status set_layers(const layer_book & book, int n_devices, cost_model & out);
 // One figure for every expert, from the settings.
 status simple_cost_model(const simple_costs & given, const layer_book & book, int n_devices, cost_model & out);
 // The cost section of a calibration (JSON); refuses one of other layers or devices.

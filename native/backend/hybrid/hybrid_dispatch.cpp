@@ -407,9 +407,7 @@ void hybrid_dispatch::share_out() {
             where_[static_cast<size_t>(w.expert)] = plan.placements[i].device;
         }
     }
-    if (has_spans()) {
-        times_.launch_begin = clock_.now_us();
-    }
+    times_.launch_begin = clock_.now_us();
     for (size_t d = 0; d < devices_.size(); d++) {
         if (steps_[d]->has_work()) {
             steps_[d]->launch(orders_[d]);
@@ -533,7 +531,8 @@ void hybrid_dispatch::observe_step(double wait_begin_us, double end_us) {
     add(counts.n_late, static_cast<uint64_t>(decision_->n_late));
     if (pairs_.n_tokens == 1) {
         add(counts.n_decode, 1);
-        add(counts.decode_ns, static_cast<uint64_t>((end_us - route_end_us_) * 1e3));
+        // From the launch on: a device that computes while it is launched (a CPU as stand-in) does so here.
+        add(counts.decode_ns, static_cast<uint64_t>((end_us - times_.launch_begin) * 1e3));
         add(counts.predicted_ns, static_cast<uint64_t>(decision_->plan.makespan_us * 1e3));
     }
     for (const transfer & t : decision_->transfers) {

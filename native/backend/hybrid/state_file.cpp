@@ -1,8 +1,7 @@
 #include "hybrid/state_file.h"
 
 #include "core/types.h"
-
-#include "nlohmann/json.hpp"
+#include "json_text.h"
 
 #include <cstdio>
 #include <fstream>
@@ -34,15 +33,15 @@ bool read_state(const std::string & path, const layer_book & book, std::vector<s
         return true;
     }
     try {
-        const nlohmann::json data = nlohmann::json::parse(file);
-        if (data.at("version").get<int>() != version || data.at("layers") != shape_of(book)) {
+        const nlohmann::json data = parse_json(file);
+        if (data.at("version") != version || data.at("layers") != shape_of(book)) {
             problem = path + " is of another version or model";
             return false;
         }
         for (const nlohmann::json & layer : data.at("resident")) {
             std::vector<int32_t> ids;
-            for (const int64_t id : layer.get<std::vector<int64_t>>()) {
-                ids.push_back(id < 0 || id > max_experts ? -1 : static_cast<int32_t>(id));
+            for (const nlohmann::json & id : layer) {
+                ids.push_back(static_cast<int32_t>(read_index(id, max_experts)));
             }
             experts.push_back(std::move(ids));
         }
