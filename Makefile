@@ -9,7 +9,7 @@ NATIVE := $(shell find native -type f 2>/dev/null) CMakeLists.txt pyproject.toml
 SAN    ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help chat setup dev test test-all test-native lint format reproduce clean
+.PHONY: help chat setup dev test test-all test-native lint format docs reproduce clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -40,6 +40,9 @@ format: dev  ## rewrite sources as the linters want them
 	@$(VENV)/bin/ruff check --fix .
 	@$(VENV)/bin/ruff format .
 	@git ls-files 'native/*.cpp' 'native/*.h' 'native/*.c' | xargs $(VENV)/bin/clang-format -i
+
+docs: dev  ## docs/cli.md, made from the command line itself
+	@$(PY) tools/make_cli_docs.py
 
 reproduce: dev  ## docs/reproduction.md: published figures beside ours (needs HYBRIMOE_TRACES; some minutes)
 	@$(PY) tools/make_reproduction.py

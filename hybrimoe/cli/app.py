@@ -147,7 +147,15 @@ def _versions() -> str:
         except metadata.PackageNotFoundError:
             return "not installed"
 
-    return f"hybrimoe {hybrimoe.__version__} (llama-cpp-python {version('llama-cpp-python')})"
+    parts = [f"llama-cpp-python {version('llama-cpp-python')}"]
+    try:
+        from hybrimoe.native.plugin import ABI_VERSION, ggml_library, load_plugin
+
+        parts.append(f"ggml {ggml_library().ggml_version().decode()}")
+        parts.append(f"plug-in {load_plugin().version}, ABI {ABI_VERSION}")
+    except (HybrimoeError, ImportError, OSError) as error:
+        parts.append(f"no plug-in: {error}")
+    return f"hybrimoe {hybrimoe.__version__} ({', '.join(parts)})"
 
 
 def run_app(arguments: Sequence[str]) -> int:
