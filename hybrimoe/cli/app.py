@@ -149,8 +149,10 @@ def _versions() -> str:
 
     parts = [f"llama-cpp-python {version('llama-cpp-python')}"]
     try:
+        from hybrimoe.llama_log import llama_log
         from hybrimoe.native.plugin import ABI_VERSION, ggml_library, load_plugin
 
+        llama_log()
         parts.append(f"ggml {ggml_library().ggml_version().decode()}")
         parts.append(f"plug-in {load_plugin().version}, ABI {ABI_VERSION}")
     except (HybrimoeError, ImportError, OSError) as error:
