@@ -9,7 +9,7 @@ NATIVE := $(shell find native -type f 2>/dev/null) CMakeLists.txt pyproject.toml
 SAN    ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help chat setup dev test test-all test-native lint format docs reproduce clean
+.PHONY: help chat setup dev test test-all test-native fuzz lint format docs reproduce clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -29,6 +29,9 @@ test-all: dev  ## the whole suite, slow tests too
 
 test-native: dev  ## the native tests alone; SAN=address or SAN=thread builds them with sanitizers
 	@$(PY) tools/test_native.py --sanitize "$(SAN)"
+
+fuzz: dev  ## coverage-guided fuzzing of all readers, SECONDS=60 each (atheris; the native ones need clang)
+	@$(PY) tools/fuzz.py --seconds $(or $(SECONDS),60)
 
 lint: dev  ## ruff, mypy, clang-format
 	@$(VENV)/bin/ruff check .

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from hybrimoe.errors import HybrimoeError, from_os_error
 from hybrimoe.json_text import parse_json
 from hybrimoe.native.probe import FfnShape
+from hybrimoe.private_files import make_private_folder, private_opener
 
 if TYPE_CHECKING:
     from hybrimoe.gguf_model import GgufModel, MoeLayer
@@ -193,9 +194,9 @@ class Calibration:
         """Writes the file whole or not at all. Raises HybrimoeError."""
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_private_folder(path.parent)
             try:
-                with part.open("w", encoding="utf-8") as file:
+                with open(part, "w", encoding="utf-8", opener=private_opener) as file:
                     json.dump({**self.data, "checksum": _checksum(self.data)}, file, indent=1)
                     file.flush()
                     os.fsync(file.fileno())

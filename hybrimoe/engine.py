@@ -22,6 +22,7 @@ import llama_cpp.llama_chat_format as llama_chat_format
 import numpy as np
 
 from hybrimoe import machine
+from hybrimoe.chat_template import BoundedFormatter, TemplateProcess, bounded_templates
 from hybrimoe.errors import DoesNotFitError, HybrimoeError, ModelError, PluginError, UsageError
 from hybrimoe.expert_options import ExpertOptions
 from hybrimoe.generation import RANDOM_SEED, Answer, Sampling
@@ -164,6 +165,7 @@ class Engine(llama_cpp.Llama):  # type: ignore[misc]
         self._counted_before: dict[str, float] = {}
         self._reset_lock = threading.RLock()
         self._pieces: dict[int, bytes] = {}
+        self._templates = TemplateProcess()
         self._last_event = 0
         self.recorder: LiveRecorder | None = None
         self.abort_flag = AbortFlag()
@@ -186,7 +188,8 @@ class Engine(llama_cpp.Llama):  # type: ignore[misc]
         # llama.cpp refers to its arrays for as long as the model lives.
         self._loader = loader
         try:
-            with abort_on_interrupt(self.abort_flag), loader.installed():
+            self._templates.start()
+            with abort_on_interrupt(self.abort_flag), loader.installed(), bounded_templates(self._templates):
                 try:
                     self._load(str(self.info.path), n_ctx, llama_arguments)
                 finally:
@@ -284,6 +287,8 @@ class Engine(llama_cpp.Llama):  # type: ignore[misc]
         """Free model and context, and end the recording. Further calls do nothing."""
         if getattr(self, "recorder", None) is not None:
             self.recorder.close()  # type: ignore[union-attr]
+        if getattr(self, "_templates", None) is not None:
+            self._templates.close()
         super().close()
 
     def __enter__(self) -> Engine:
@@ -294,20 +299,24 @@ class Engine(llama_cpp.Llama):  # type: ignore[misc]
 
     # Prompts
 
-    def _make_chat_formatter(self) -> llama_chat_format.Jinja2ChatFormatter:
+    def _make_chat_formatter(self) -> BoundedFormatter:
         def text(token: int) -> str:
             return "" if token == -1 else str(self._model.token_get_text(token))
 
+        formatter = BoundedFormatter(
+            self._templates,
+            self.info.chat_template or llama_chat_format.CHATML_CHAT_TEMPLATE,
+            eos_token=text(self.token_eos()),
+            bos_token=text(self.token_bos()),
+        )
         try:
-            return llama_chat_format.Jinja2ChatFormatter(
-                template=self.info.chat_template or llama_chat_format.CHATML_CHAT_TEMPLATE,
-                eos_token=text(self.token_eos()),
-                bos_token=text(self.token_bos()),
-            )
+            formatter.check()
         except Exception as error:
             raise ModelError(
-                f"the chat template of '{self.info.path.name}' cannot be used: {error}", "use --no-conversation"
+                f"the chat template of '{self.info.path.name}' cannot be used: {error}",
+                "get the model from another source: the template is part of it",
             ) from error
+        return formatter
 
     def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Tokens of a conversation (`role` and `content` of each message), up to where the assistant begins to answer.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrimoe.errors import UsageError
+from hybrimoe.private_files import make_private_folder
 
 if TYPE_CHECKING:
     from hybrimoe.gguf_model import GgufModel
@@ -141,7 +142,7 @@ class ExpertOptions:
     def _state_path(self, model: GgufModel) -> Path:
         if self.state_dir is None:
             raise ValueError("no folder for the state was given")
-        self.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private_folder(self.state_dir)
         status = model.path.stat()
         identity = f"{model.path.resolve()}\n{status.st_size}\n{status.st_mtime_ns}"
         return self.state_dir / f"experts-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"

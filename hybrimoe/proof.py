@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from hybrimoe.errors import HybrimoeError, ModelError
 from hybrimoe.gguf_header import DOWNLOAD_HINT, read_header
+from hybrimoe.private_files import make_private_folder, private_opener
 
 if TYPE_CHECKING:
     from hybrimoe.gguf_model import GgufModel
@@ -64,6 +65,6 @@ def prove(model: GgufModel, folder: Path) -> bool:
         return True
     # Without a place to remember it, the proof is made again the next time.
     with contextlib.suppress(OSError):
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.close(os.open(proof, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+        make_private_folder(folder)
+        os.close(private_opener(str(proof), os.O_CREAT | os.O_WRONLY))
     return True

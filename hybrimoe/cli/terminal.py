@@ -13,6 +13,7 @@ from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 
 from hybrimoe.cli import slash
+from hybrimoe.private_files import make_private_folder, private_opener
 
 _FILE_COMMANDS = ("/read", "/save", "/load")
 
@@ -82,9 +83,9 @@ def history_path() -> Path:
 def _history(path: Path) -> History:
     # A folder that cannot be written costs the history, not the chat.
     with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a"):
-            path.chmod(0o600)
+        make_private_folder(path.parent)
+        with open(path, "a", opener=private_opener):
+            path.chmod(0o600)  # one of an earlier release
         return _KeptHistory(str(path))
     return InMemoryHistory()
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrimoe.errors import HybrimoeError, from_os_error
+from hybrimoe.private_files import make_private_folder
 
 __all__ = ["LiveProcess", "LiveSocket", "processes", "read_snapshots", "runtime_dir"]
 
@@ -47,7 +48,7 @@ def _private_folder() -> Path:
     """The folder, made where it is missing. Raises HybrimoeError when others could get at it."""
     folder = runtime_dir()
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private_folder(folder)
         status = folder.lstat()
         if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and status.st_mode & 0o077:
             folder.chmod(0o700)

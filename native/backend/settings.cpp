@@ -3,7 +3,6 @@
 #include "json_text.h"
 #include "kernels/moe_kernels.h"
 
-
 #include <cmath>
 #include <cstdlib>
 #include <limits>

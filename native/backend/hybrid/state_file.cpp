@@ -4,8 +4,8 @@
 #include "json_text.h"
 
 #include <cstdio>
+#include <fcntl.h>
 #include <fstream>
-#include <sys/stat.h>
 #include <unistd.h>
 
 namespace hybrimoe {
@@ -69,11 +69,11 @@ bool read_state(const std::string & path, const layer_book & book, std::vector<s
 bool write_state(const std::string & path, const layer_book & book, const std::vector<std::vector<int32_t>> & experts) {
     const nlohmann::json data   = {{"version", version}, {"layers", shape_of(book)}, {"resident", experts}};
     const std::string temporary = path + "." + std::to_string(::getpid()) + ".tmp";
-    std::FILE * file            = std::fopen(temporary.c_str(), "w");
+    const int descriptor = ::open(temporary.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0600);
+    std::FILE * file     = descriptor < 0 ? nullptr : ::fdopen(descriptor, "w");
     if (file == nullptr) {
         return false;
     }
-    ::fchmod(::fileno(file), 0600);
     const std::string text = data.dump();
     bool ok                = std::fwrite(text.data(), 1, text.size(), file) == text.size();
     ok                     = std::fclose(file) == 0 && ok;
