@@ -428,6 +428,7 @@ class _Builder:
         part_bytes = dict.fromkeys(("gate", "up", "gate_up", "down"), 0)
         experts, router, shared = [], [], []
         n_experts = 0
+        weights: set[str] = set()
         for name, tensor in block:
             if match := _EXPERT.fullmatch(name):
                 n = tensor.shape[-1] if tensor.shape else 0
@@ -437,6 +438,7 @@ class _Builder:
                     raise self.meta.fail(f"is damaged: '{tensor.name}' of shape {tensor.shape} is no expert tensor")
                 n_experts = max(n_experts, n)
                 part_bytes[match[1]] += tensor.n_bytes // n
+                weights |= {match[1]} if match[2] == "weight" else set()
                 experts.append(tensor)
             elif name.startswith(("ffn_gate_inp.", "exp_probs_b")):
                 router.append(tensor)
@@ -444,7 +446,7 @@ class _Builder:
                 shared.append(tensor)
         if not any(t.name.endswith(".weight") for t in experts):
             return None
-        if not part_bytes["down"] or not (part_bytes["up"] or part_bytes["gate_up"]):
+        if "down" not in weights or not weights & {"up", "gate_up"}:
             raise self.meta.fail(f"is damaged: layer {index} lacks matrices of its experts")
         if not 1 <= n_used <= n_experts:
             raise self.meta.fail(

@@ -338,6 +338,8 @@ def _tokens_of_events(result: TraceFile) -> None:
     steps, layers = _steps_of_events(events)
     if not steps:
         return
+    if "ids" not in result.event_arrays:
+        raise TraceError(f"the trace '{result.path.name}' is corrupt: its events lack expert ids", "record it again")
     n_ids = len(result.event_arrays.get("ids", ()))
     n_rows = [s[0] for s in steps]
     if not all(1 <= n <= _MAX_STEP_TOKENS for n in n_rows) or sum(n_rows) > _MAX_STEP_TOKENS + _TOKENS_PER_ID * n_ids:

@@ -68,7 +68,7 @@ void test_unknown() {
 void test_huge() {
     const size_t depth = 1 << 17; // enough to overflow the stack of a recursive parser
     CHECK(contains(refusal(std::string(depth, '[')), "not JSON"));
-    CHECK(contains(refusal(std::string(depth, '[') + std::string(depth, ']')), "object"));
+    CHECK(contains(refusal(std::string(depth, '[') + std::string(depth, ']')), "nests too deeply"));
     const size_t n = 1 << 18;
     CHECK(!refusal("{\"cpu_kernels\": \"" + std::string(n, 'g') + "\"}").empty());
     CHECK(refusal("{" + std::string(n, ' ') + "}").empty());

@@ -61,7 +61,9 @@ struct omp_barrier {
             return;
         }
         while (self->round.load(std::memory_order_acquire) == turn) {
+#if defined(__x86_64__)
             __builtin_ia32_pause();
+#endif
         }
     }
 };
