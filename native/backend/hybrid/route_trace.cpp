@@ -1,7 +1,6 @@
 #include "hybrid/route_trace.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <fstream>
 #include <stdexcept>
 
@@ -26,6 +25,12 @@ void route_trace::load(const std::string & path) {
     if (n_steps_ < 1 || n_layers_ < 1 || top_k_ < 1 || n_steps_ > max_entries / n_layers_ / top_k_) {
         throw std::runtime_error("the route trace " + path + " has impossible dimensions");
     }
+    // What the head promises is there before memory is taken for it.
+    const int64_t n_bytes = n_steps_ * n_layers_ * top_k_ * static_cast<int64_t>(sizeof(int32_t));
+    const auto begin      = file.tellg();
+    if (!file.seekg(0, std::ios::end) || file.tellg() - begin < n_bytes || !file.seekg(begin)) {
+        throw std::runtime_error("the route trace " + path + " is cut off");
+    }
     std::vector<int32_t> ids(static_cast<size_t>(n_steps_ * n_layers_ * top_k_));
     if (!file.read(reinterpret_cast<char *>(ids.data()), static_cast<std::streamsize>(ids.size() * sizeof(int32_t)))) {
         throw std::runtime_error("the route trace " + path + " is cut off");
@@ -40,7 +45,8 @@ void route_trace::replace(int layer, int32_t * ids, int64_t n_tokens, int32_t to
         int32_t * to         = ids + t * top_k;
         for (int32_t k = 0; k < top_k; k++) {
             // Wider than the trace: further experts, so that none comes twice.
-            int32_t id = k < top_k_ ? std::abs(from[k]) % n_expert : (to[k - 1] + 1) % n_expert;
+            int32_t id = k < top_k_ ? static_cast<int32_t>(static_cast<uint32_t>(from[k]) & 0x7fffffffu) % n_expert
+                                    : (to[k - 1] + 1) % n_expert;
             while (std::find(to, to + k, id) != to + k) {
                 id = (id + 1) % n_expert;
             }

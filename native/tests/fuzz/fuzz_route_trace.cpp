@@ -23,7 +23,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     } catch (const std::runtime_error &) {
         return 0;
     }
-    constexpr int32_t n_expert = 8, top_k = 3, n_tokens = 5;
+    constexpr int32_t n_expert = 7, top_k = 3, n_tokens = 5;
     for (int layer = 0; layer < 3; layer++) {
         int32_t ids[top_k * n_tokens]{};
         trace.replace(layer, ids, n_tokens, top_k, n_expert);
