@@ -31,6 +31,7 @@ PYTHON = (
 _CLANGS = ("clang++", *(f"clang++-{n}" for n in range(22, 12, -1)))
 # What libFuzzer prints at its end (-print_final_stats=1).
 _EXECUTIONS = re.compile(r"stat::number_of_executed_units:\s+(\d+)")
+_PROGRESS = re.compile(r"^#(\d+)\t", re.MULTILINE)
 _COVERAGE = re.compile(r"cov: (\d+)")
 
 
@@ -111,7 +112,7 @@ def _run(name: str, engine: str, command: Sequence[str], environment: dict[str, 
         print(f"{name}: ended with {code}, see {log.relative_to(ROOT)}", file=sys.stderr)
         print("\n".join(text.splitlines()[-25:]), file=sys.stderr)
         n_new = max(n_new, 1)
-    executions = _EXECUTIONS.findall(text)
+    executions = _EXECUTIONS.findall(text) or _PROGRESS.findall(text)  # the latter of one that a finding ended
     coverage = _COVERAGE.findall(text)
     return Outcome(name, engine, int(executions[-1]) if executions else 0, int(coverage[-1]) if coverage else 0, n_new)
 

@@ -342,6 +342,8 @@ def _tokens_of_events(result: TraceFile) -> None:
         raise TraceError(f"the trace '{result.path.name}' is corrupt: its events lack expert ids", "record it again")
     n_ids = len(result.event_arrays.get("ids", ()))
     n_rows = [s[0] for s in steps]
+    if any(s[2] not in (-1, StepKind.PREFILL, StepKind.DECODE) for s in steps):
+        raise TraceError(f"the trace '{result.path.name}' is corrupt: a step is of no known kind", "record it again")
     if not all(1 <= n <= _MAX_STEP_TOKENS for n in n_rows) or sum(n_rows) > _MAX_STEP_TOKENS + _TOKENS_PER_ID * n_ids:
         raise TraceError(
             f"the trace '{result.path.name}' is corrupt: {sum(n_rows)} tokens, {n_ids} expert ids", "record it again"
