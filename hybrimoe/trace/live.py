@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -91,6 +92,7 @@ class LiveRecorder:
         self._pending: list[Pass] = []
         self._n_values = self._n_periods = self._n_costs = 0
         self._is_warm_up, self._is_new_prompt, self._was_decode = True, True, True
+        self._process = os.getpid()
         self._lock = threading.Lock()  # one reader at a time: the thread, or the engine between two steps
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="hybrimoe-trace", daemon=True)
@@ -109,8 +111,8 @@ class LiveRecorder:
             self._is_warm_up, self._is_new_prompt = False, True
 
     def close(self) -> None:
-        """Ends the recording and the file, with the engine's counters. Further calls do nothing."""
-        if self._ended.is_set():
+        """Ends the recording and the file, with the engine's counters. Further calls do nothing, nor does a fork's."""
+        if self._ended.is_set() or self._process != os.getpid():
             return
         self._ended.set()
         self._thread.join()

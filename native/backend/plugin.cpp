@@ -15,6 +15,10 @@
 #include <memory>
 #include <vector>
 
+#ifdef __unix__
+#include <unistd.h>
+#endif
+
 namespace hybrimoe {
 
 namespace {
@@ -62,6 +66,14 @@ ggml_backend_buffer_type_t buffer_type() {
 
 // --- backend: one instance per llama_context
 
+long process_id() {
+#ifdef __unix__
+    return static_cast<long>(::getpid());
+#else
+    return 0;
+#endif
+}
+
 struct backend_state {
     explicit backend_state(instance_ticket ticket)
         : id(ticket.id), dispatch(current_settings(), std::move(ticket.data)) {
@@ -70,6 +82,7 @@ struct backend_state {
     ~backend_state() { forget_instance(id); }
 
     uint64_t id;
+    const long process = process_id();
     dispatcher dispatch;
     // Inputs that are on their way to host memory: one wait for each backend they come from when the graph begins.
     std::vector<graph_input> inputs;
@@ -84,7 +97,13 @@ const char * backend_get_name(ggml_backend_t) {
 }
 
 void backend_free(ggml_backend_t backend) {
-    delete static_cast<backend_state *>(backend->context);
+    auto * state = static_cast<backend_state *>(backend->context);
+    // A forked child has the memory, but none of the threads that the instance would wait for; its files are the
+    // parent's. It leaves all of it to the end of the process.
+    if (state->process != process_id()) {
+        return;
+    }
+    delete state;
     delete backend;
 }
 
