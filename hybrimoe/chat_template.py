@@ -270,6 +270,9 @@ def _serve(limits: Mapping[str, Any]) -> None:
     environment = _environment()
     environment.from_string("{{ 1 }}").render()
     memory_bytes = int(limits["memory_bytes"])
+    _, most_bytes = resource.getrlimit(resource.RLIMIT_AS)
+    if most_bytes != resource.RLIM_INFINITY:  # inherited, and not to be raised again
+        memory_bytes = min(memory_bytes, most_bytes)
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     out = sys.stdout.buffer
