@@ -127,9 +127,15 @@ def parse(kind: type[_Request], body: bytes) -> _Request:
 
 def _parse_json(body: bytes) -> dict[str, Any]:
     try:
-        data = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+        text = body.decode("utf-8")
+        data = json.loads(text, parse_constant=_refuse_constant)
+        # Escapes can name halves of characters, which have no UTF-8: no tokenizer takes them.
+        if "\\ud" in text.lower():
+            json.dumps(data, ensure_ascii=False).encode()
     except UnicodeDecodeError:
         raise ApiError(400, "the request is no UTF-8 text", code="invalid_json") from None
+    except UnicodeEncodeError:
+        raise ApiError(400, "the request holds halves of characters", code="invalid_json") from None
     except (ValueError, RecursionError):
         raise ApiError(400, "the request is no JSON", code="invalid_json") from None
     if not isinstance(data, dict):

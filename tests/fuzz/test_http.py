@@ -37,6 +37,19 @@ def test_damaged_bodies(tmp_path: Path) -> None:
         assert memory.peak_bytes <= 2 * case.n_bytes + target.slack_bytes, f"seed {seed}"
 
 
+@pytest.mark.parametrize("where", list(http_target.PATHS))
+def test_halves_of_characters(where: str, tmp_path: Path) -> None:
+    """Found by atheris: `tokenize` failed with 500."""
+    target, path = http_target.make(), tmp_path / "input.http"
+    for text in (
+        '{"content": "\\ud800"}',
+        '{"prompt": "\\uD800x"}',
+        '{"messages": [{"role": "user", "content": "\\udfff"}]}',
+    ):
+        path.write_bytes(f"{where}\n{text}".encode())
+        target.use(path)
+
+
 def test_damaged_bodies_through_a_server(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     target = http_target.make()
     server = launch(str(tiny_model("mixtral")), "--port", "0", "-c", "256", "--alias", "toy", home=tmp_path)
