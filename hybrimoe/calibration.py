@@ -166,8 +166,8 @@ class Calibration:
     def dense_bytes_per_us(self) -> float:
         """What matrix-vector products read where the dense weights are.
 
-        On the CPU the probe's own products through ggml: llama.cpp's repacked copy is about as fast for most types (faster
-        for Q4_0), and some types have none. A card reads at the rate of its expert batches.
+        On the CPU the probe's own products through ggml: llama.cpp's repacked copy is about as fast for most types
+        (faster for Q4_0), and some types have none. A card reads at the rate of its expert batches.
         """
         from hybrimoe.probing.measure import expert_bytes
 

@@ -78,7 +78,8 @@ void spin_barrier::wait(int n_threads) {
     }
 }
 
-kernel_executor::kernel_executor(const settings & config) : set_(choose_set(config)), pins_(config.pin_threads), scratch_(nullptr, std::free) {
+kernel_executor::kernel_executor(const settings & config)
+    : set_(choose_set(config)), pins_(config.pin_threads), scratch_(nullptr, std::free) {
     ggml_init_params params{};
     params.mem_size = 4 * ggml_tensor_overhead();
     params.no_alloc = true;

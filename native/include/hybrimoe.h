@@ -37,13 +37,12 @@ HYBRIMOE_API const char * hybrimoe_check_ggml(void);
 //   "guard", "live_costs", "pin_experts", "log_to_stderr" true or false
 //   "costs"             null (measured at the start), the cost section of a calibration, or for every expert alike
 //                       {"cpu_us", "cpu_first_us", "gpu_us", "copy_us"}
-//   "pin_threads"       processors of the CPU kernels' threads: thread i on pin_threads[i], the first one free; []: free
-//   "max_batch_tokens"  work memory that is kept free for prefill
-//   "state_path"        file that keeps which experts were resident
-//   "trace"             bytes of the ring that records what the instance does (see below); 0: nothing is recorded
-//   "trace_scores"      record all router scores too
-//   "trace_spans"       record when each phase of a block and each copy began and ended
-//   "route_trace", "throttle_link_bytes_per_s", "faults"  for benchmarks and tests
+//   "pin_threads"       processors of the CPU kernels' threads: thread i on pin_threads[i], the first one free; []:
+//   free "max_batch_tokens"  work memory that is kept free for prefill "state_path"        file that keeps which
+//   experts were resident "trace"             bytes of the ring that records what the instance does (see below); 0:
+//   nothing is recorded "trace_scores"      record all router scores too "trace_spans"       record when each phase of
+//   a block and each copy began and ended "route_trace", "throttle_link_bytes_per_s", "faults"  for benchmarks and
+//   tests
 // The environment variable HYBRIMOE_CONFIG holds the same for hosts that do not call this. Returns 0, or -1 with a
 // message in `error` and nothing changed.
 HYBRIMOE_API int hybrimoe_configure(const char * json, char * error, size_t error_size);
@@ -123,8 +122,9 @@ HYBRIMOE_API int hybrimoe_stop_trace(uint64_t instance);
 // hybrimoe_describe_state.
 HYBRIMOE_API int64_t hybrimoe_describe_trace(uint64_t instance, char * out, size_t size);
 
-// When a page of a mapped file is gone (SIGBUS: the file was cut, its disk failed), `text` goes to stderr and the process
-// ends with `exit_code`. NULL: as if this was never called. Returns 0, or -1 where the system has no such signal.
+// When a page of a mapped file is gone (SIGBUS: the file was cut, its disk failed), `text` goes to stderr and the
+// process ends with `exit_code`. NULL: as if this was never called. Returns 0, or -1 where the system has no such
+// signal.
 HYBRIMOE_API int hybrimoe_set_last_words(const char * text, int exit_code);
 
 #ifdef __cplusplus

@@ -63,7 +63,8 @@ def render(data: dict[str, Any], width: int, height: int | None, *, colour: bool
 def test_everything_that_matters_is_on_a_page_of_80_columns() -> None:
     text = render(snapshot(), 80, 24)
     for what in ("serve 4711", "generating", "1:02:05", "25.5 t/s", "24.1 t/s", "CPU experts", "61%", "80%",
-                 "960 slots", "3.0 GiB", "guard full", "286 MiB/s", "1234 of 8192", "1 running, 2 waiting"):  # fmt: skip
+                 "960 slots", "3.0 GiB", "guard full", "286 MiB/s", "1234 of 8192",
+                 "1 running, 2 waiting"):  # fmt: skip
         assert what in text, what
     assert "decision 8" in text and "layers down" in text
 
