@@ -37,12 +37,13 @@ HYBRIMOE_API const char * hybrimoe_check_ggml(void);
 //   "guard", "live_costs", "pin_experts", "log_to_stderr" true or false
 //   "costs"             null (measured at the start), the cost section of a calibration, or for every expert alike
 //                       {"cpu_us", "cpu_first_us", "gpu_us", "copy_us"}
-//   "pin_threads"       processors of the CPU kernels' threads: thread i on pin_threads[i], the first one free; []:
-//   free "max_batch_tokens"  work memory that is kept free for prefill "state_path"        file that keeps which
-//   experts were resident "trace"             bytes of the ring that records what the instance does (see below); 0:
-//   nothing is recorded "trace_scores"      record all router scores too "trace_spans"       record when each phase of
-//   a block and each copy began and ended "route_trace", "throttle_link_bytes_per_s", "faults"  for benchmarks and
-//   tests
+//   "pin_threads"       processors of the CPU kernels' threads: thread i on pin_threads[i], the first one free
+//   "max_batch_tokens"  work memory that is kept free for prefill
+//   "state_path"        file that keeps which experts were resident
+//   "trace"             bytes of the ring that records what the instance does (see below); 0: nothing is recorded
+//   "trace_scores"      record all router scores too
+//   "trace_spans"       record when each phase of a block and each copy began and ended
+//   "route_trace", "throttle_link_bytes_per_s", "faults"  for benchmarks and tests
 // The environment variable HYBRIMOE_CONFIG holds the same for hosts that do not call this. Returns 0, or -1 with a
 // message in `error` and nothing changed.
 HYBRIMOE_API int hybrimoe_configure(const char * json, char * error, size_t error_size);
