@@ -51,16 +51,17 @@ def ggml_source() -> Path:
     return folder
 
 
-def run_native_tests(sanitize: str = "", jobs: int | None = None, label: str = "") -> int:
-    """Configure, build and run the native tests, or those with a label; returns ctest's exit status."""
-    build = ROOT / "build" / ("native" if not sanitize else f"native-{sanitize}")
-    jobs = jobs or os.cpu_count() or 2
+def _build_folder(sanitize: str) -> Path:
+    return ROOT / "build" / ("native" if not sanitize else f"native-{sanitize}")
+
+
+def _configure_command(sanitize: str) -> list[str]:
     configure = [
         tool("cmake"),
         "-S",
         str(ROOT),
         "-B",
-        str(build),
+        str(_build_folder(sanitize)),
         "-G",
         "Ninja",
         f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
@@ -72,6 +73,26 @@ def run_native_tests(sanitize: str = "", jobs: int | None = None, label: str = "
         configure.append(f"-DHYBRIMOE_GGML_LIB_DIR={Path(llama_cpp.origin).parent / 'lib'}")
     if sanitize:
         configure.append(f"-DHYBRIMOE_GGML_SOURCE={ggml_source()}")
+    return configure
+
+
+def build_plugin(sanitize: str) -> Path:
+    """The plug-in as it ships, with a sanitizer: for a llama_cpp whose process preloads the sanitizer's library.
+
+    Raises CalledProcessError, with what the compiler printed.
+    """
+    build = _build_folder(sanitize)
+    make = [tool("cmake"), "--build", str(build), "--target", "ggml-hybrimoe", "-j", str(os.cpu_count() or 2)]
+    for command in (_configure_command(sanitize), make):
+        subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return build / "native" / "backend" / "libggml-hybrimoe.so"
+
+
+def run_native_tests(sanitize: str = "", jobs: int | None = None, label: str = "") -> int:
+    """Configure, build and run the native tests, or those with a label; returns ctest's exit status."""
+    build = _build_folder(sanitize)
+    jobs = jobs or os.cpu_count() or 2
+    configure = _configure_command(sanitize)
     make = [tool("cmake"), "--build", str(build), "-j", str(jobs)]
     if label == "accelerator":
         make += ["--target", "accelerator_tests"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,3 +29,46 @@ def test_copies_and_dispatch_with_sanitizers(sanitize: str) -> None:
     result = subprocess.run(command, capture_output=True, text=True, timeout=3600)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-8000:]
     assert "100% tests passed" in result.stdout
+
+
+_DECODE = """
+import sys
+from pathlib import Path
+from hybrimoe.engine import Engine, EngineOptions
+from hybrimoe.expert_options import CacheSize, ExpertOptions
+for devices, slots in (((), 0), (("CPU",), 2)):
+    experts = ExpertOptions(devices=devices, cache=CacheSize(n_slots=slots), guard=False)
+    with Engine(Path(sys.argv[1]), EngineOptions(n_ctx=256, n_threads=2, experts=experts)) as engine:
+        for n in (1, 9, 40):
+            engine.reset()
+            engine.eval(list(range(1, n + 1)))
+            for token in range(12):
+                engine.eval([token + 1])
+        assert engine.verification.ok, engine.verification
+print("decoded")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("architecture", "quant"), [("qwen3moe", "Q4_K"), ("gpt-oss", "MXFP4")])
+def test_the_plugin_as_it_ships_with_address_sanitizer(
+    tiny_model: Callable[..., Path], architecture: str, quant: str
+) -> None:
+    """With OpenMP's team and the installed llama_cpp: the path that the other sanitized programs leave out."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    from test_native import build_plugin
+
+    library = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    environment = {
+        **os.environ,
+        "HYBRIMOE_PLUGIN": str(build_plugin("address")),
+        "LD_PRELOAD": library.stdout.strip(),
+        # Python itself keeps memory to the end.
+        "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",
+        "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+        "OMP_WAIT_POLICY": "passive",
+    }
+    command = [sys.executable, "-c", _DECODE, str(tiny_model(architecture, quant))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert (done.returncode, done.stdout) == (0, "decoded\n"), done.stderr[-8000:]
+    assert "AddressSanitizer" not in done.stderr and "runtime error" not in done.stderr, done.stderr[-8000:]
