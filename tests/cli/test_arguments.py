@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from hybrimoe import __version__
 from hybrimoe.cli import app as program
-from hybrimoe.cli.flags import ALL_OPTIONS
+from hybrimoe.cli.flags import ALL_OPTIONS, RUN_COMMAND_OPTIONS
 from hybrimoe.config import parse_size
 from hybrimoe.errors import ModelError
 
@@ -228,7 +228,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch, home: Path) -> dict[str, Any]:
     (store.models_dir() / "known.gguf").touch()
 
     @contextmanager
-    def open_engine(_settings: Any, path: Path) -> Iterator[Any]:
+    def open_engine(_settings: Any, path: Path, _command: str) -> Iterator[Any]:
         seen["path"] = path
         raise ModelError("stop here")
         yield
@@ -373,7 +373,7 @@ def test_typer_finds_the_same_program() -> None:
     """The application behind the entry point, through typer's own runner (shell completion uses it)."""
     result = CliRunner().invoke(program.make_app(), ["run", "--help"])
     assert result.exit_code == 0
-    for option in ALL_OPTIONS:
+    for option in RUN_COMMAND_OPTIONS:
         assert option.flags[0] in result.output
 
 

@@ -123,7 +123,7 @@ def test_a_fork_after_loading(home: Path, model: str) -> None:
 def test_a_killed_run_spoils_nothing(home: Path, model: str, number: int) -> None:
     """Whatever was being written, the next start works and is told of nothing broken."""
     trace = home / "cut.trace"
-    arguments = ("run", model, "hello", "-n", "100000", "-c", "512", *STAND_IN, "--trace", str(trace))
+    arguments = ("run", model, "hello", "-n", "100000", "-c", "0", "--seed", "1", *STAND_IN, "--trace", str(trace))
     process = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert process.stdout is not None and process.stdout.read(1)
     process.send_signal(number)
