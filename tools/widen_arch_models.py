@@ -31,6 +31,9 @@ _PER_EXPERT = re.compile(
 _EXPERT_WEIGHT = re.compile(r".*_(?:ch)?exps\.weight")
 # The deviation that test-llama-archs itself draws weights with.
 _DEVIATION = 0.1
+# A selection bias as large as the router's scores would choose the same experts for every token.
+_BIAS = re.compile(r"blk\.\d+\.exp_probs_b\w*(?:\.bias)?")
+_BIAS_DEVIATION = 0.01
 
 
 def widen(
@@ -88,7 +91,8 @@ def _more_experts(tensor: Any, n_experts: int, seed: int) -> npt.NDArray[np.floa
 
     there: npt.NDArray[np.float32] = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
     rng = np.random.default_rng([seed, zlib.crc32(tensor.name.encode())])
-    more = rng.standard_normal((n_experts - len(there), *there.shape[1:]), dtype=np.float32) * np.float32(_DEVIATION)
+    deviation = _BIAS_DEVIATION if _BIAS.fullmatch(tensor.name) else _DEVIATION
+    more = rng.standard_normal((n_experts - len(there), *there.shape[1:]), dtype=np.float32) * np.float32(deviation)
     return np.concatenate([there, more])
 
 
