@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrimoe.errors import HybrimoeError, from_os_error
+from hybrimoe.files import check_replaceable, read_text
 from hybrimoe.json_text import parse_json
 from hybrimoe.native.probe import FfnShape
 from hybrimoe.private_files import make_private_folder, private_opener
@@ -195,6 +196,7 @@ class Calibration:
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
             make_private_folder(path.parent)
+            check_replaceable(path)
             try:
                 with open(part, "w", encoding="utf-8", opener=private_opener) as file:
                     json.dump({**self.data, "checksum": _checksum(self.data)}, file, indent=1)
@@ -224,7 +226,7 @@ def load(path: Path) -> Calibration:
     """Reads a calibration. Raises CalibrationError when it is missing, corrupt, edited, or of another format."""
     hint = "hybrimoe probe"
     try:
-        data = parse_json(path.read_text(encoding="utf-8"))
+        data = parse_json(read_text(path))
     except FileNotFoundError:
         raise CalibrationError(f"there is no calibration '{path}'", hint) from None
     except (OSError, ValueError) as error:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrimoe.errors import UsageError, from_os_error
+from hybrimoe.files import read_text
 
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 _BINARY_UNITS = {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
@@ -294,7 +295,7 @@ def _read_file(path: Path | None, options: Sequence[Option]) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except UnicodeDecodeError:

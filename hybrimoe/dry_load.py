@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrimoe.errors import HybrimoeError, ModelError
+from hybrimoe.files import open_regular
 
 if TYPE_CHECKING:
     from hybrimoe.gguf_model import GgufModel
@@ -111,7 +112,7 @@ def _sparse_copy(model: GgufModel, folder: Path) -> Path:
         header = read_header(part)
         end = max((t.offset + t.n_bytes for t in header.tensors), default=header.data_offset)
         copy = folder / part.name
-        with part.open("rb") as source, copy.open("wb") as target:
+        with open_regular(part) as source, copy.open("wb") as target:
             target.write(source.read(header.data_offset))
         os.truncate(copy, -(-end // 64) * 64)
     return folder / model.parts[0].name

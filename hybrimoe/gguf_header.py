@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from hybrimoe.errors import ModelError, from_os_error
+from hybrimoe.files import open_regular
 
 __all__ = ["GGML_TYPES", "ArraySummary", "GgmlType", "GgufHeader", "TensorInfo", "Value", "read_header"]
 
@@ -283,7 +284,7 @@ def read_header(path: Path | str) -> GgufHeader:
         # Checked before opening: opening a FIFO would wait for a writer.
         status = path.stat()
         _check_kind(path, status.st_mode)
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return _parse(_Reader(file, path, os.fstat(file.fileno()).st_size), path)
     except (FileNotFoundError, NotADirectoryError):
         raise ModelError(f"no such file: '{path}'", "hybrimoe models list") from None

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hybrimoe.errors import HybrimoeError, ModelError
+from hybrimoe.files import open_regular
 from hybrimoe.gguf_header import DOWNLOAD_HINT, read_header
 from hybrimoe.private_files import make_private_folder, private_opener
 
@@ -33,7 +34,7 @@ def header_hash(model: GgufModel) -> str:
     digest = hashlib.sha256(llama_cpp.__version__.encode())
     for part in model.parts:
         end = read_header(part).data_offset
-        with part.open("rb") as file:
+        with open_regular(part) as file:
             digest.update(f"\n{part.stat().st_size} {end}\n".encode())
             while end > 0 and (chunk := file.read(min(end, 1 << 20))):
                 digest.update(chunk)

@@ -13,6 +13,7 @@ from typing import Any
 from hybrimoe.bench.cases import Test
 from hybrimoe.bench.rows import COMMIT_PREFIX, KEY_FIELDS
 from hybrimoe.errors import UsageError, from_os_error
+from hybrimoe.files import read_text
 
 __all__ = ["Pair", "compare", "read_rows", "render"]
 
@@ -42,7 +43,7 @@ class Pair:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a jsonl or json file of bench or llama-bench. Raises UsageError for a file that holds none."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except UnicodeDecodeError:
         raise UsageError(f"'{path}' is no text", "give files of 'hybrimoe bench -o jsonl'") from None
     except OSError as error:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hybrimoe.errors import UsageError, from_os_error
+from hybrimoe.files import open_regular, read_bytes
 
 __all__ = ["CORPUS", "RANDOM", "check_source", "token_stream"]
 
@@ -21,7 +22,7 @@ def check_source(source: str) -> str:
     if not path.is_file():
         raise UsageError(f"--prompt-source: there is no file '{source}'", "give corpus, random or a text file")
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             file.read(1)
     except OSError as error:
         raise from_os_error(error, f"read '{source}'") from error
@@ -48,7 +49,7 @@ def token_stream(source: str, n: int, tokenize: Callable[[str], list[int]], n_vo
     else:
         try:
             # More than n tokens never need more than so many bytes.
-            text = Path(source).read_bytes()[: 64 * n].decode("utf-8", "replace")
+            text = read_bytes(source)[: 64 * n].decode("utf-8", "replace")
         except OSError as error:
             raise from_os_error(error, f"read '{source}'") from error
     tokens = tokenize(text)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from hybrimoe.config import Settings
 from hybrimoe.errors import UsageError, from_os_error
+from hybrimoe.files import read_bytes
 
 _ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "'": "'", '"': '"', "\\": "\\"}
 
@@ -45,7 +45,7 @@ def decode(data: bytes, source: str) -> str:
 def read_text(path: str) -> str:
     """A text file's content. Raises UsageError when there is none to read."""
     try:
-        data = Path(path).read_bytes()
+        data = read_bytes(path)
     except OSError as error:
         raise UsageError(from_os_error(error, f"read '{path}'").message) from error
     return decode(data, f"'{path}'")

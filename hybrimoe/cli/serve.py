@@ -12,6 +12,7 @@ from hybrimoe.cli.console import note, warn
 from hybrimoe.cli.loading import load_engine, model_path, sampling
 from hybrimoe.config import Settings, parse_size
 from hybrimoe.errors import HybrimoeError, UsageError, from_os_error
+from hybrimoe.files import read_text
 
 if TYPE_CHECKING:
     from hybrimoe.server.engine import ServerEngine
@@ -51,7 +52,7 @@ def _api_key(settings: Settings) -> str | None:
         if settings.sources["api_key"] == "flag":
             raise UsageError("the key is given twice, by --api-key and by --api-key-file")
         try:
-            key = Path(settings.api_key_file).read_text(encoding="utf-8").partition("\n")[0].strip()
+            key = read_text(settings.api_key_file).partition("\n")[0].strip()
         except OSError as error:
             raise from_os_error(error, f"read '{settings.api_key_file}'") from error
         except UnicodeDecodeError:

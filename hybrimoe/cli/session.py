@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrimoe.errors import UsageError, from_os_error
+from hybrimoe.files import check_replaceable, read_text
 from hybrimoe.generation import RANDOM_SEED, Answer, Sampling
 from hybrimoe.json_text import parse_json
 
@@ -116,7 +117,7 @@ class Session:
     def load(self, path: Path) -> None:
         """Replaces the conversation by a saved one. Raises UsageError for a file that is none; nothing changes then."""
         try:
-            data = parse_json(path.read_text(encoding="utf-8"))
+            data = parse_json(read_text(path))
         except OSError as error:
             raise from_os_error(error, f"read '{path}'") from error
         except ValueError as error:
@@ -139,6 +140,7 @@ def _is_message(value: Any) -> bool:
 def write_atomically(path: Path, text: str) -> None:
     """Writes a file through a temporary one beside it. Raises HybrimoeError; nothing is left behind then."""
     try:
+        check_replaceable(path)
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except OSError as error:
         raise from_os_error(error, f"write '{path}'") from error

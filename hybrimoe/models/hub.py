@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from hybrimoe.errors import DoesNotFitError, HybrimoeError, ModelError, UsageError, from_os_error
+from hybrimoe.files import read_text
 
 if TYPE_CHECKING:
     from hybrimoe.gguf_model import GgufModel
@@ -307,7 +308,7 @@ def _recorded(record: Path) -> Path | None:
     from hybrimoe.models.store import models_dir
 
     try:
-        paths = [models_dir() / str(name) for name in json.loads(record.read_text())["files"]]
+        paths = [models_dir() / str(name) for name in json.loads(read_text(record))["files"]]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return paths[0] if paths and all(path.is_file() for path in paths) else None

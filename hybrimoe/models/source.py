@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hybrimoe.errors import HybrimoeError, from_os_error
+from hybrimoe.files import open_regular
 from hybrimoe.models.recipe import Recipe
 
 __all__ = ["cache_dir", "fetch_dense_model"]
@@ -95,7 +96,7 @@ def _verify(path: Path, expected: str) -> None:
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()

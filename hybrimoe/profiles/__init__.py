@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrimoe.errors import UsageError, from_os_error
+from hybrimoe.files import read_text
 from hybrimoe.json_text import parse_json
 
 if TYPE_CHECKING:
@@ -181,7 +182,7 @@ def load(text: str | Path) -> Machine:
 def _read(path: Path) -> Machine:
     hint = "see docs/simulate.md for what a machine file holds"
     try:
-        data = parse_json(path.read_text(encoding="utf-8"))
+        data = parse_json(read_text(path))
     except OSError as error:
         raise from_os_error(error, f"read '{path}'") from error
     except ValueError as error:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybrimoe.corpus import Text
 from hybrimoe.errors import UsageError, from_os_error
+from hybrimoe.files import read_bytes
 
 if TYPE_CHECKING:
     from hybrimoe.decoding import Decoder
@@ -68,7 +69,7 @@ def read_texts(prompt_file: Path | None) -> list[Text]:
 
         return texts()
     try:
-        data = prompt_file.read_bytes()
+        data = read_bytes(prompt_file)
     except IsADirectoryError:
         raise UsageError(f"--prompt-file: '{prompt_file}' is a folder", "give a text file") from None
     except OSError as error:

@@ -10,6 +10,7 @@ from typing import Any
 
 from hybrimoe import profiles
 from hybrimoe.errors import UsageError, from_os_error
+from hybrimoe.files import read_text
 from hybrimoe.native.core import Costs
 from hybrimoe.trace.format import ModelIdentity
 
@@ -128,7 +129,7 @@ def _calibration_path() -> Path:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_text(path))
     except OSError as error:
         raise from_os_error(error, f"read '{path}'") from error
     except ValueError as error:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from hybrimoe.errors import HybrimoeError, UsageError
+from hybrimoe.files import open_target
 from hybrimoe.trace.files import replacing
 from hybrimoe.trace.format import TraceFile
 from hybrimoe.trace.writer import TraceWriter
@@ -113,15 +115,15 @@ def _write_npz(trace: TraceFile, path: Path, without: frozenset[str], _progress:
     for name in ("weights", "scores", "lookahead"):
         if name not in without and getattr(trace, name) is not None:
             arrays[name] = getattr(trace, name)
-    with replacing(path) as temporary:
-        np.savez_compressed(temporary, **arrays)
+    with replacing(path) as temporary, open_target(temporary) as file:
+        np.savez_compressed(file, **arrays)
 
 
 def _write_csv(trace: TraceFile, path: Path, _without: frozenset[str], progress: Callable[[float], None]) -> None:
     m = trace.model
     layers = m.layers or tuple(range(m.n_layers))
     prompt = _prompt_numbers(trace)
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as temporary, io.TextIOWrapper(open_target(temporary), "utf-8", newline="") as file:
         _write_facts(file, trace, layers)
         out = csv.writer(file)
         out.writerow(("turn", "phase", "step", "layer", "slot", "expert", "weight"))

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hybrimoe.errors import from_os_error
+from hybrimoe.files import open_target
 
 __all__ = ["replaceable", "replacing", "save"]
 
@@ -39,5 +40,5 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def save(path: Path, data: bytes) -> None:
     """Writes a file whole or not at all. Raises HybrimoeError."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(data)
+    with replacing(path) as temporary, open_target(temporary) as file:
+        file.write(data)

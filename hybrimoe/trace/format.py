@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from hybrimoe.errors import from_os_error
+from hybrimoe.files import open_regular
 from hybrimoe.trace.blocks import read_blocks, read_head
 from hybrimoe.trace.checks import check_events, check_prompts, check_tokens, mapping
 from hybrimoe.trace.errors import TraceError
@@ -174,7 +175,7 @@ def read(path: Path | str, *, want: Collection[str] | None = None) -> TraceFile:
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return _read(file, path, want)
     except FileNotFoundError as error:
         raise TraceError(f"no such trace: '{path}'", "hybrimoe trace record, or hybrimoe trace import") from error

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hybrimoe.files import open_regular
 from hybrimoe.trace.errors import TraceError
 from hybrimoe.trace.format import ModelIdentity, TraceFile
 
@@ -21,7 +22,7 @@ def fingerprint(path: Path) -> str:
     """SHA-256 of a model file's size, first and last MiB: enough to tell models apart, and quick for any size."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         digest.update(file.read(_PIECE_BYTES))
         file.seek(max(0, size - _PIECE_BYTES))
         digest.update(file.read(_PIECE_BYTES))

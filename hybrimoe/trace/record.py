@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrimoe.errors import HybrimoeError
+from hybrimoe.files import open_regular
 from hybrimoe.trace.format import MAX_LOOKAHEAD
 from hybrimoe.trace.identity import identity_of
 from hybrimoe.trace.tensors import GgmlTensor, values
@@ -137,7 +138,7 @@ def _tensor(info: Any) -> npt.NDArray[np.float32]:
     import numpy as np
     from gguf.quants import dequantize
 
-    with info.path.open("rb") as file:
+    with open_regular(info.path) as file:
         file.seek(info.offset)
         raw = np.frombuffer(file.read(info.n_bytes), dtype=np.uint8)
     kind = gguf.GGMLQuantizationType[info.type_name.upper()]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from hybrimoe.errors import UsageError, from_os_error
+from hybrimoe.files import open_target
 from hybrimoe.trace.blocks import MINOR_VERSION, pack_block, pack_head
 from hybrimoe.trace.events import COLUMNS
 from hybrimoe.trace.files import replaceable
@@ -71,7 +72,7 @@ class TraceWriter:
         if temporary and replaceable(self.path):
             self._target = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         try:
-            self._file: IO[bytes] | None = self._target.open("wb")
+            self._file: IO[bytes] | None = open_target(self._target)
         except OSError as error:
             raise from_os_error(error, f"write '{path}'") from error
         self._put(pack_head(head))

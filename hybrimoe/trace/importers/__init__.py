@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hybrimoe.errors import UsageError, from_os_error
+from hybrimoe.files import open_regular
 from hybrimoe.trace.errors import TraceError
 from hybrimoe.trace.importers import layer_csv, moe_beyond, npz, route_csv
 from hybrimoe.trace.importers.common import Imported, ImportOptions
@@ -39,7 +40,7 @@ def import_files(paths: Sequence[Path], options: ImportOptions, format_name: str
 
 def _format_of(path: Path) -> str:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start = file.read(_SNIFFED_BYTES)
     except FileNotFoundError as error:
         raise TraceError(f"no such file: '{path}'") from error

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hybrimoe import files
 from hybrimoe.errors import UsageError, from_os_error
 from hybrimoe.trace.errors import TraceError
 from hybrimoe.trace.format import ModelIdentity
@@ -84,7 +85,7 @@ def identity(
 
 def read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return files.read_text(path, "utf-8-sig")
     except UnicodeDecodeError as error:
         raise TraceError(f"'{path}' is no UTF-8 text at byte {error.start}") from error
     except OSError as error:

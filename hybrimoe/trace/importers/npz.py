@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrimoe.errors import UsageError, from_os_error
+from hybrimoe.files import read_bytes
 from hybrimoe.trace.blocks import check_memory
 from hybrimoe.trace.errors import TraceError
 from hybrimoe.trace.importers.common import Imported, ImportOptions, identity
@@ -38,7 +39,7 @@ def load(paths: Sequence[Path], options: ImportOptions) -> Imported:
         raise UsageError("an .npz file is a whole trace", "import them one by one")
     path = paths[0]
     try:
-        file = io.BytesIO(path.read_bytes())
+        file = io.BytesIO(read_bytes(path))
         _check_sizes(file, path)
         file.seek(0)
         with np.load(file, allow_pickle=False) as z:

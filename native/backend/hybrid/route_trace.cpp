@@ -1,5 +1,7 @@
 #include "hybrid/route_trace.h"
 
+#include "regular_file.h"
+
 #include <algorithm>
 #include <fstream>
 #include <stdexcept>
@@ -14,6 +16,9 @@ constexpr int64_t max_entries = int64_t{1} << 28;
 } // namespace
 
 void route_trace::load(const std::string & path) {
+    if (kind_of_file(path) == file_kind::other) {
+        throw std::runtime_error("the route trace " + path + " is no regular file");
+    }
     std::ifstream file(path, std::ios::binary);
     int32_t header[5]{};
     if (!file.read(reinterpret_cast<char *>(header), sizeof(header)) || header[0] != magic || header[1] != 1) {

@@ -2,6 +2,7 @@
 
 #include "core/types.h"
 #include "json_text.h"
+#include "regular_file.h"
 
 #include <cstdio>
 #include <fcntl.h>
@@ -28,6 +29,10 @@ nlohmann::json shape_of(const layer_book & book) {
 bool read_state(const std::string & path, const layer_book & book, std::vector<std::vector<int32_t>> & experts,
                 std::string & problem) {
     experts.clear();
+    if (kind_of_file(path) == file_kind::other) {
+        problem = path + " is no regular file";
+        return false;
+    }
     std::ifstream file(path);
     if (!file) {
         return true;
@@ -67,6 +72,9 @@ bool read_state(const std::string & path, const layer_book & book, std::vector<s
 }
 
 bool write_state(const std::string & path, const layer_book & book, const std::vector<std::vector<int32_t>> & experts) {
+    if (kind_of_file(path) == file_kind::other) { // renaming over a device or pipe would remove it
+        return false;
+    }
     const nlohmann::json data   = {{"version", version}, {"layers", shape_of(book)}, {"resident", experts}};
     const std::string temporary = path + "." + std::to_string(::getpid()) + ".tmp";
     const int descriptor = ::open(temporary.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0600);

@@ -9,6 +9,7 @@
 #include <set>
 #include <stdexcept>
 #include <string>
+#include <sys/stat.h>
 #include <unistd.h>
 #include <vector>
 
@@ -113,11 +114,27 @@ void test_refusals() {
     CHECK(is_refused);
 }
 
+// Opening it would wait for a writer.
+void test_pipe() {
+    const std::string path = "route_trace_test_pipe." + std::to_string(::getpid());
+    CHECK(::mkfifo(path.c_str(), 0600) == 0);
+    route_trace trace;
+    std::string why;
+    try {
+        trace.load(path);
+    } catch (const std::runtime_error & error) {
+        why = error.what();
+    }
+    CHECK(why.find("no regular file") != std::string::npos && !trace.is_active());
+    std::remove(path.c_str());
+}
+
 } // namespace
 
 int main() {
     test_order();
     test_other_models();
     test_refusals();
+    test_pipe();
     return check::report();
 }
