@@ -206,7 +206,9 @@ def test_interrupting_run_keeps_what_was_said(start: Any, model: str) -> None:
     assert out.endswith(b"\n") and b"Traceback" not in err and b"Exception ignored" not in err
 
 
-@pytest.mark.parametrize("delay_s", [0.05, 0.3, 0.6, 0.9, 1.2])
+@pytest.mark.parametrize(
+    "delay_s", [0.05, pytest.param(0.3, marks=pytest.mark.slow), 0.6, pytest.param(0.9, marks=pytest.mark.slow), 1.2]
+)
 def test_interrupting_at_any_time(start: Any, model: str, delay_s: float) -> None:
     process = start("run", model, "hello", *LONG)
     time.sleep(delay_s)

@@ -8,11 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from hybrimoe.native.core import Kind, policies
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_policy_page_is_up_to_date() -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "tools" / "make_policy_tables.py"), "--check"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import random
@@ -107,6 +108,9 @@ def make() -> Target:
     service = Service(worker, sampler, Defaults(("toy",), Sampling()), with_metrics=False, on_failure=failures.append)
     gate = Gate(make_app(service), Limits(max_request_bytes=1 << 20), None, local_only=True)
     client = TestClient(gate, base_url="http://127.0.0.1", raise_server_exceptions=False)
+    # Entered, it keeps one event loop for all requests; else each would start a thread with one of its own.
+    client.__enter__()
+    atexit.register(client.__exit__)
 
     def use(path: Path) -> None:
         first, _, body = path.read_bytes().partition(b"\n")

@@ -150,10 +150,10 @@ def _gguf_split(seeds: Seeds) -> Target:
     split(second, 1, tensors[1][half:])
     for file in (first, second):
         file.entries[-1].raw = struct.pack("<i", total)
-    folder = seeds.scratch / "split"
 
     def use(path: Path) -> None:
         # Both names are part of what a split model is.
+        folder = path.parent / "split"
         folder.mkdir(exist_ok=True)
         one, two = (folder / f"m-0000{n}-of-00002.gguf" for n in (1, 2))
         two.unlink(missing_ok=True)

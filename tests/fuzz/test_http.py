@@ -20,9 +20,9 @@ from server.conftest import launch
 from fuzz import http_target
 
 
-def test_damaged_bodies(tmp_path: Path) -> None:
+def test_damaged_bodies(scratch: Path) -> None:
     target = http_target.make()
-    path = tmp_path / "input.http"
+    path = scratch / "input.http"
     for case in target.seeds:
         case.write(path)
         target.use(path)

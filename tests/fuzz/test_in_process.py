@@ -36,9 +36,9 @@ def test_seeds_are_sound(targets: dict[str, Target], name: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_damaged_inputs(targets: dict[str, Target], name: str, tmp_path: Path) -> None:
+def test_damaged_inputs(targets: dict[str, Target], name: str, scratch: Path) -> None:
     target = targets[name]
-    path = tmp_path / f"input{target.suffix}"
+    path = scratch / f"input{target.suffix}"
     for case in target.seeds:  # what is imported and cached by the first use is not the input's
         case.write(path)
         target.use(path)

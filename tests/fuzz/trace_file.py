@@ -131,6 +131,10 @@ def _description(rng: random.Random, file: TraceFileParts) -> None:
         entry[2] = [rng.choice(INTEGERS) for _ in range(rng.randrange(5))]
 
 
+# Every byte becomes one of four.
+_FEW_VALUES = bytes((0, 127, 128, 255)[value % 4] for value in range(256))
+
+
 def _content(rng: random.Random, file: TraceFileParts) -> None:
     """Other numbers in an array, or another amount of them."""
     block = rng.choice(file.blocks) if file.blocks else None
@@ -156,7 +160,7 @@ def _content(rng: random.Random, file: TraceFileParts) -> None:
     elif what == 3:
         raw += bytes(rng.choice([1, 8, 4096, 1 << 22]))
     else:
-        raw = bytearray(rng.choice([0, 127, 128, 255]) for _ in raw)
+        raw = bytearray(rng.randbytes(len(raw)).translate(_FEW_VALUES))
     entry[3] = zlib.compress(bytes(raw))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import hashlib
 import json
 import zipfile
@@ -35,6 +36,23 @@ def dense_path() -> Path:
     return source.fetch_dense_model(load_recipe(), silent)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def read_once() -> Iterator[None]:
+    """Builds differ in what they make of the source model and the corpus; reading these takes most of a small build."""
+    with pytest.MonkeyPatch.context() as patch:
+        texts = functools.cache(lambda path, texts, n_window: demo_token_windows(path, list(texts), n_window))
+        demo_token_windows = demo.token_windows
+        patch.setattr(
+            demo,
+            "token_windows",
+            lambda path, given, n, *rest: (
+                demo_token_windows(path, given, n, *rest) if rest else texts(path, tuple(given), n)
+            ),
+        )
+        patch.setattr(demo, "DenseLlama", functools.cache(demo.DenseLlama))
+        yield
+
+
 @pytest.fixture(scope="module")
 def small_demo(dense_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return demo.upcycle(dense_path, tmp_path_factory.mktemp("small") / "small.gguf", load_recipe(SMALL), silent)
@@ -43,6 +61,7 @@ def small_demo(dense_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 # --- the full model -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_demo_model_keeps_the_promises_of_its_card(demo_model: Path, dense_path: Path) -> None:
     measured = demo_card.measure(dense_path, demo_model)
     assert measured.violations() == []
