@@ -145,7 +145,7 @@ def test_a_killed_probe_leaves_nothing(tmp_path: Any) -> None:
         assert child.poll() is None
         time.sleep(0.05)
     child.send_signal(signal.SIGINT)
-    assert child.wait(timeout=30) == 130
+    assert child.wait(timeout=120) == 130  # generous: tests share the machine
     assert list(tmp_path.iterdir()) == []
 
 

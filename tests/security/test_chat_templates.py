@@ -129,7 +129,9 @@ def test_the_package_compiles_no_template_of_the_model(process: TemplateProcess)
     assert isinstance(made[0], original) and made[0](messages=[]).prompt == "1"
 
 
-def test_a_hostile_model_is_refused(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_hostile_model_is_refused(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By chat, run and serve alike: the engine checks the template when it has loaded the model."""
     import gguf
 
@@ -150,6 +152,7 @@ def test_a_hostile_model_is_refused(tiny_model: Callable[..., Path], tmp_path: P
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    monkeypatch.setitem(TemplateProcess.__init__.__kwdefaults__, "limit_s", 2.0)  # as the other tests: 10 is long
     with pytest.raises(ModelError, match="chat template of 'hostile") as caught:
         Engine(path, EngineOptions(n_ctx=64, warmup=False))
     assert caught.value.exit_code == 3 and caught.value.hint
