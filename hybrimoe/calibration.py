@@ -250,7 +250,10 @@ def _check(found: Calibration) -> None:
         raise TypeError("the key is no object")
     if not all(isinstance(reason, str) for reason in found.reasons) or not isinstance(found.data["date"], str):
         raise TypeError("a text is none")
-    threads = [str(int(n)) for n in found.data["n_threads"]]
+    counts = found.data["n_threads"]
+    if not isinstance(counts, list) or not counts or not all(type(n) is int and n > 0 for n in counts):
+        raise TypeError("the numbers of threads are none")
+    threads = [str(n) for n in counts]
     for one in found.fit["cpu"]:
         _check_shape(one["shape"])
         for n in threads:

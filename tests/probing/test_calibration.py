@@ -214,3 +214,12 @@ def _model_of(shape: FfnShape) -> Any:
         ),
     )
     return SimpleNamespace(moe_layers=(layer, layer))
+
+
+@pytest.mark.parametrize("n_threads", ["", "2", [], [0], [2.5], ["2"], [True], {"2": 1}, None])
+def test_numbers_of_threads_that_are_none(made: Calibration, tmp_path: Path, n_threads: Any) -> None:
+    """Found by atheris: an empty text was taken for a list of numbers."""
+    path = tmp_path / "c.json"
+    Calibration({**made.data, "n_threads": n_threads}).save(path)
+    with pytest.raises(CalibrationError, match="malformed"):
+        calibration.load(path)

@@ -166,3 +166,29 @@ def test_round_trips(tmp_path: Path, demo: TraceFile, suffix: str) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
         {path.name, *(["b.trace"] if suffix != ".trace" else [])}
     )
+
+
+@pytest.mark.parametrize("method", ["bz2", "lzma"])
+def test_damage_in_other_compressions(method: str, tmp_path: Path) -> None:
+    """Found by atheris: zip archives may be packed in other ways than numpy's, whose damage is reported differently."""
+    import io
+    import zipfile
+
+    path = tmp_path / "a.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_BZIP2 if method == "bz2" else zipfile.ZIP_LZMA) as archive:
+        for name, array in (("experts", np.arange(400).reshape(50, 4, 2)), ("prompt_offsets", np.array([0, 50]))):
+            member = io.BytesIO()
+            np.save(member, array)
+            archive.writestr(f"{name}.npy", member.getvalue())
+    assert len(import_files([path], ImportOptions()).experts) == 50
+    whole = path.read_bytes()
+    begin = whole.index(b"experts.npy") + len(b"experts.npy")
+    n_refused = 0
+    for at in range(begin, begin + 60):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :])
+        try:
+            import_files([path], ImportOptions())
+        except TraceError as error:
+            assert "no sound" in error.message
+            n_refused += 1
+    assert n_refused >= 50  # some bytes say what nobody asks, such as LZMA's version

@@ -6,6 +6,7 @@ Also `weights`, `is_decode`, `first_layer`, `n_expert`, `expert_bytes`, `model`,
 from __future__ import annotations
 
 import io
+import lzma
 import math
 import struct
 import tokenize
@@ -25,6 +26,7 @@ from hybrimoe.trace.importers.common import Imported, ImportOptions, identity
 _DAMAGE = (
     ValueError, EOFError, KeyError, TypeError, OverflowError, NotImplementedError, RuntimeError,
     SyntaxError, struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error,
+    lzma.LZMAError, OSError,  # the latter is bz2's
 )  # fmt: skip
 
 
@@ -40,12 +42,13 @@ def load(paths: Sequence[Path], options: ImportOptions) -> Imported:
     path = paths[0]
     try:
         file = io.BytesIO(read_bytes(path))
+    except OSError as error:
+        raise from_os_error(error, f"read '{path}'") from error
+    try:
         _check_sizes(file, path)
         file.seek(0)
         with np.load(file, allow_pickle=False) as z:
             data = {name: z[name] for name in z.files}
-    except OSError as error:
-        raise from_os_error(error, f"read '{path}'") from error
     except _DAMAGE as error:
         raise TraceError(f"'{path}' is no sound .npz file: {error}") from error
     missing = [name for name in ("experts", "prompt_offsets") if name not in data]
