@@ -55,19 +55,26 @@ def test_what_cannot_be_compared(alone: Made, tmp_path: Path) -> None:
         diff_profiles.difference(alone.data, other)
 
 
-def test_picture_of_a_report(shared: Made, tmp_path: Path) -> None:
+@pytest.fixture
+def browser() -> str:
     try:
-        screenshots.find_browser()
+        return screenshots.find_browser()
     except HybrimoeError:
         pytest.skip("no Chromium here")
+
+
+@pytest.mark.slow
+def test_picture_of_a_report(shared: Made, tmp_path: Path, browser: str) -> None:
     picture = tmp_path / "r.png"
     command = [sys.executable, screenshots.__file__, shared.folder / "r.html", "-o", picture, "--width", 800, "--tall"]
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     width, height = struct.unpack(">II", picture.read_bytes()[16:24])
     assert width == 800 and height > 2000
-    # The scripts ran: plotly drew, and said nothing to complain about.
-    browser = screenshots.find_browser()
+
+
+def test_the_scripts_of_a_report_run(shared: Made, browser: str) -> None:
+    """plotly drew, and said nothing to complain about."""
     page = (shared.folder / "r.html").resolve().as_uri()
     document = screenshots.run_browser(browser, ["--virtual-time-budget=4000", "--dump-dom", page])
     assert document.count('class="plot-container') >= 6

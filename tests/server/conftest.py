@@ -130,9 +130,9 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
             server.process.wait()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server of a tiny model that the tests of a module share."""
+    """A server of a tiny model that all tests share which need no other one: what they count are differences."""
     home = tmp_path_factory.mktemp("server")
     model = tiny_model("mixtral")
     server = launch(str(model), "--port", "0", "-c", "512", "--alias", "tiny", "--max-request", "1MiB", home=home)
