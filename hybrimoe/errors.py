@@ -7,6 +7,10 @@ Every expected failure is raised as a `HybrimoeError`; the command line prints `
 from __future__ import annotations
 
 import errno
+import functools
+import sys
+from collections.abc import Callable
+from typing import ParamSpec
 
 __all__ = [
     "EXIT_INTERRUPTED",
@@ -16,9 +20,12 @@ __all__ = [
     "ModelError",
     "PluginError",
     "UsageError",
+    "as_script",
     "from_os_error",
     "render",
 ]
+
+_P = ParamSpec("_P")
 
 EXIT_OK = 0
 EXIT_INTERRUPTED = 130
@@ -96,3 +103,19 @@ def from_os_error(error: OSError, doing: str, hint: str = "") -> HybrimoeError:
     """`error` as a run-time failure: 'cannot <doing>: <reason>'. `hint` replaces the one for its error number."""
     reason = error.strerror or str(error) or type(error).__name__
     return HybrimoeError(f"cannot {doing}: {reason}", hint or _OS_HINTS.get(error.errno or 0, ""))
+
+
+def as_script(main: Callable[_P, int | None]) -> Callable[_P, int]:
+    """`main` of a script: expected failures become two lines on stderr and their exit code, Ctrl-C becomes 130."""
+
+    @functools.wraps(main)
+    def run(*args: _P.args, **options: _P.kwargs) -> int:
+        try:
+            return main(*args, **options) or EXIT_OK
+        except HybrimoeError as error:
+            print(render(error), file=sys.stderr)
+            return error.exit_code
+        except KeyboardInterrupt:
+            return EXIT_INTERRUPTED
+
+    return run

@@ -25,7 +25,7 @@ from build_llama_cpp import find_programs
 from hybrimoe.bench.cases import Test
 from hybrimoe.bench.rows import Row
 from hybrimoe.bench.run import open_stock
-from hybrimoe.errors import HybrimoeError, UsageError, render
+from hybrimoe.errors import HybrimoeError, UsageError, as_script
 
 
 def program_speeds(program: Path, model: Path, test: Test, n_threads: int) -> float:
@@ -104,14 +104,9 @@ def run(options: argparse.Namespace) -> None:
         print(f"{name}: {medians}, ratio {shown(summary, 3)}, {len(values)} turns")
 
 
+@as_script
 def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        run(parse(argv))
-    except HybrimoeError as error:
-        print(render(error), file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
+    run(parse(argv))
     return 0
 
 

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 from hybrimoe.bench.process import WorkerProcess
-from hybrimoe.errors import HybrimoeError, UsageError, render
+from hybrimoe.errors import HybrimoeError, UsageError, as_script
 
 ROOT = Path(__file__).resolve().parent.parent
 N_PROMPT_BEFORE_DECODE = 32
@@ -527,18 +527,13 @@ def run(options: argparse.Namespace) -> None:
         print("\n".join([*speed_table(report, options.rows), *block_lines(report)]))
 
 
+@as_script
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
-    try:
-        if options.child:
-            child(options)
-        else:
-            run(options)
-    except HybrimoeError as error:
-        print(render(error), file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
+    if options.child:
+        child(options)
+    else:
+        run(options)
     return 0
 
 

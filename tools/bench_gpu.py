@@ -52,7 +52,7 @@ from gpu_bench_report import LEGEND, summarise_stage, tables
 from gpu_bench_worker import WorkerOptions
 
 from hybrimoe.bench.process import WorkerFailedError, WorkerProcess
-from hybrimoe.errors import HybrimoeError, PluginError, UsageError, render
+from hybrimoe.errors import HybrimoeError, PluginError, UsageError, as_script, render
 from hybrimoe.gguf_model import GgufModel, inspect
 
 TOOLS = Path(__file__).resolve().parent
@@ -783,15 +783,10 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+@as_script
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
-    try:
-        return run(options)
-    except HybrimoeError as error:
-        print(render(error), file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
+    return run(options)
 
 
 if __name__ == "__main__":

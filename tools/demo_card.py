@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hybrimoe.errors import HybrimoeError, render
+from hybrimoe.errors import as_script
 
 CARD = Path(__file__).resolve().parent.parent / "models" / "demo" / "card.md"
 MAX_PERPLEXITY_RATIO = 1.05
@@ -149,6 +149,7 @@ def card(m: Measurement, demo_path: Path) -> str:
     return "\n".join([*lines, ""])
 
 
+@as_script
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -156,17 +157,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=CARD, metavar="FILE", help="the card (default: %(default)s)")
     args = parser.parse_args(argv)
-    try:
-        from hybrimoe.models import store
-        from hybrimoe.models.recipe import load_recipe
-        from hybrimoe.models.source import fetch_dense_model
+    from hybrimoe.models import store
+    from hybrimoe.models.recipe import load_recipe
+    from hybrimoe.models.source import fetch_dense_model
 
-        demo_path = args.model or store.build_demo()
-        measured = measure(fetch_dense_model(load_recipe(), lambda label, share: None), demo_path)
-        args.out.write_text(card(measured, demo_path), encoding="utf-8")
-    except HybrimoeError as error:
-        print(render(error), file=sys.stderr)
-        return error.exit_code
+    demo_path = args.model or store.build_demo()
+    measured = measure(fetch_dense_model(load_recipe(), lambda label, share: None), demo_path)
+    args.out.write_text(card(measured, demo_path), encoding="utf-8")
     for violation in measured.violations():
         print(f"bound missed: {violation}", file=sys.stderr)
     print(args.out)

@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from hybrimoe.cli.report import table
-from hybrimoe.errors import HybrimoeError, UsageError, from_os_error, render
+from hybrimoe.errors import UsageError, as_script, from_os_error
 from hybrimoe.profiling.limits import PATH_NAMES
 
 PHASES = {"decode": "generation", "prefill": "prompt"}
@@ -124,13 +124,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@as_script
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
-    try:
-        found = difference(read(options.a), read(options.b))
-    except HybrimoeError as error:
-        print(render(error), file=sys.stderr)
-        return error.exit_code
+    found = difference(read(options.a), read(options.b))
     print(json.dumps(found, ensure_ascii=False) if options.json else text(found, options.layers))
     slower = max(100 * phase["change"] for phase in found["phases"].values())
     return 1 if options.fail_above is not None and slower > options.fail_above else 0

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from moe_shapes import ARCHITECTURES, Shape, Tensor, add_metadata, random_weights, tensor_type
 
-from hybrimoe.errors import HybrimoeError, UsageError, render
+from hybrimoe.errors import UsageError, as_script
 
 if TYPE_CHECKING:
     import numpy as np
@@ -133,6 +133,7 @@ def write_bench_model(
     return path
 
 
+@as_script
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="qwen3-30b-a3b", help="default: %(default)s")
@@ -148,14 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     n_layers = args.layers if args.layers is not None else preset.shape.n_layers
     path = args.out or Path(f"bench-{args.preset}-{type_name}-{n_layers}l.gguf")
     start = time.monotonic()
-    try:
-        write_bench_model(path, preset, type_name=args.type and type_name, n_layers=n_layers, seed=args.seed)
-    except HybrimoeError as error:
-        print(render(error), file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted, nothing was written", file=sys.stderr)
-        return 130
+    write_bench_model(path, preset, type_name=args.type and type_name, n_layers=n_layers, seed=args.seed)
     print(f"{path}  {path.stat().st_size / 2**20:.0f} MiB in {time.monotonic() - start:.1f} s")
     return 0
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from make_bench_model import Preset
 from moe_shapes import ARCHITECTURES, Shape, add_metadata, tensor_type
 
-from hybrimoe.errors import HybrimoeError, from_os_error, render
+from hybrimoe.errors import as_script, from_os_error
 
 PRESETS = {
     "qwen3-30b-a3b": Preset(
@@ -89,6 +89,7 @@ def write_header(path: Path, preset: Preset, *, n_layers: int | None = None) -> 
     return path
 
 
+@as_script
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="qwen3-30b-a3b", help="default: %(default)s")
@@ -96,11 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: PRESET-header.gguf")
     args = parser.parse_args(argv)
     path = args.out or Path(f"{args.preset}-header.gguf")
-    try:
-        write_header(path, PRESETS[args.preset], n_layers=args.layers)
-    except HybrimoeError as error:
-        print(render(error), file=sys.stderr)
-        return error.exit_code
+    write_header(path, PRESETS[args.preset], n_layers=args.layers)
     print(f"{path}  {path.stat().st_size / 2**10:.0f} KiB")
     return 0
 

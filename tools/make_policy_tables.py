@@ -17,7 +17,7 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-from hybrimoe.errors import HybrimoeError, render
+from hybrimoe.errors import as_script
 from hybrimoe.native.core import CPU, CoreError, Costs, Curve, Kind, PolicyInfo, Scheduler, WorkItem, policies
 from hybrimoe.native.core_replay import Trace, replay_cache
 
@@ -207,6 +207,7 @@ def page(folder: Path | None) -> str:
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
+@as_script
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -215,11 +216,7 @@ def main() -> None:
     given = os.environ.get("HYBRIMOE_TRACES")
     if not given and not options.check and not PAGE.is_file():
         sys.exit("error: HYBRIMOE_TRACES is not set\nhint: point it at the folder with the traces of real models")
-    try:
-        text = page(Path(given) if given else None)
-    except HybrimoeError as error:
-        print(render(error), file=sys.stderr)
-        sys.exit(error.exit_code)
+    text = page(Path(given) if given else None)
     if options.check:
         if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
             sys.exit("error: docs/policies.md is out of date\nhint: python tools/make_policy_tables.py")
@@ -231,4 +228,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

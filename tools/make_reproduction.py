@@ -20,7 +20,7 @@ from pathlib import Path
 
 from reproduction_rows import TOPICS, Row, Traces, every_policy
 
-from hybrimoe.errors import HybrimoeError, render
+from hybrimoe.errors import as_script
 from hybrimoe.trace.convert import write_imported
 from hybrimoe.trace.format import TraceFile, read
 from hybrimoe.trace.importers import ImportOptions, import_files
@@ -119,6 +119,7 @@ def page(traces: Traces) -> str:
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
+@as_script
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -128,19 +129,15 @@ def main() -> None:
     given = os.environ.get("HYBRIMOE_TRACES")
     if not given:
         sys.exit("error: HYBRIMOE_TRACES is not set\nhint: point it at the folder with the traces of real models")
-    try:
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            demo = read(options.recording) if options.recording else recorded(folder)
-            real = [imported(Path(given) / f"{n}.npz", folder) for n in NAMES]
-            text = page(Traces(real[0], real[1], real[2], real[3], demo))
-    except HybrimoeError as error:
-        print(render(error), file=sys.stderr)
-        sys.exit(error.exit_code)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        demo = read(options.recording) if options.recording else recorded(folder)
+        real = [imported(Path(given) / f"{n}.npz", folder) for n in NAMES]
+        text = page(Traces(real[0], real[1], real[2], real[3], demo))
     temporary = options.output.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(options.output)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

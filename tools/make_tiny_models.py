@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from moe_shapes import ARCHITECTURES, Architecture, Shape, add_metadata, random_weights, tensor_type
 
-from hybrimoe.errors import HybrimoeError, UsageError, render
+from hybrimoe.errors import UsageError, as_script
 
 
 def write_tiny_model(
@@ -52,6 +52,7 @@ def write_tiny_model(
     return path
 
 
+@as_script
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -77,22 +78,18 @@ def main(argv: list[str] | None = None) -> int:
         "n_layers": args.layers,
     }  # fmt: skip
     changes = {key: value for key, value in sizes.items() if value is not None}
-    try:
-        if any(value < 1 for value in changes.values()):
-            raise UsageError("sizes must be at least 1", "see --help")
-        for name in args.arch or ARCHITECTURES:
-            for type_name in args.type or ["F32"]:
-                if name not in ARCHITECTURES:
-                    raise UsageError(f"unknown architecture '{name}'", "known: " + " ".join(ARCHITECTURES))
-                suffix = f"-{args.expert_type}" if args.expert_type else ""
-                path = write_tiny_model(
-                    args.out / f"tiny-{name}-{type_name}{suffix}.gguf", name, type_name,
-                    shape=replace(ARCHITECTURES[name].tiny, **changes), expert_type=args.expert_type, seed=args.seed,
-                )  # fmt: skip
-                print(f"{path}  {path.stat().st_size / 2**20:.1f} MiB")
-    except HybrimoeError as error:
-        print(render(error), file=sys.stderr)
-        return error.exit_code
+    if any(value < 1 for value in changes.values()):
+        raise UsageError("sizes must be at least 1", "see --help")
+    for name in args.arch or ARCHITECTURES:
+        for type_name in args.type or ["F32"]:
+            if name not in ARCHITECTURES:
+                raise UsageError(f"unknown architecture '{name}'", "known: " + " ".join(ARCHITECTURES))
+            suffix = f"-{args.expert_type}" if args.expert_type else ""
+            path = write_tiny_model(
+                args.out / f"tiny-{name}-{type_name}{suffix}.gguf", name, type_name,
+                shape=replace(ARCHITECTURES[name].tiny, **changes), expert_type=args.expert_type, seed=args.seed,
+            )  # fmt: skip
+            print(f"{path}  {path.stat().st_size / 2**20:.1f} MiB")
     return 0
 
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hybrimoe.errors import HybrimoeError, UsageError, from_os_error, render
+from hybrimoe.errors import UsageError, as_script, from_os_error
 
 if TYPE_CHECKING:
     import numpy as np
@@ -138,6 +138,7 @@ def read_raw(path: Path) -> Ids:
     return ids
 
 
+@as_script
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trace", help="npz or npy file, or the word 'uniform'")
@@ -150,22 +151,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.steps < 1:
         parser.error("--steps must be at least 1")
-    try:
-        from hybrimoe.gguf_model import inspect
+    from hybrimoe.gguf_model import inspect
 
-        model = inspect(args.model).require_moe()
-        shape = {"n_layers": model.n_layers, "n_experts": model.n_experts, "top_k": model.n_experts_used}
-        if args.trace == "uniform":
-            ids = uniform(args.steps, **shape)
-        else:
-            trace = read_trace(Path(args.trace), decode_only=args.decode_only)
-            ids = fit(trace, moe_layers=model.moe_layer_indices, **shape)
-        write_raw(args.out, ids)
-    except HybrimoeError as error:
-        print(render(error), file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
+    model = inspect(args.model).require_moe()
+    shape = {"n_layers": model.n_layers, "n_experts": model.n_experts, "top_k": model.n_experts_used}
+    if args.trace == "uniform":
+        ids = uniform(args.steps, **shape)
+    else:
+        trace = read_trace(Path(args.trace), decode_only=args.decode_only)
+        ids = fit(trace, moe_layers=model.moe_layer_indices, **shape)
+    write_raw(args.out, ids)
     print(f"{args.out}: {ids.shape[0]} steps, {ids.shape[1]} layers, top-{ids.shape[2]}")
     return 0
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hybrimoe.errors import HybrimoeError, UsageError, render
+from hybrimoe.errors import HybrimoeError, UsageError, as_script
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 TIMEOUT_S = 120
@@ -146,14 +146,9 @@ def run(options: argparse.Namespace) -> None:
         print(output)
 
 
+@as_script
 def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        run(parse(argv))
-    except HybrimoeError as error:
-        print(render(error), file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
+    run(parse(argv))
     return 0
 
 

@@ -21,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from hybrimoe import calibration
-from hybrimoe.errors import HybrimoeError, render
+from hybrimoe.errors import HybrimoeError, as_script
 from hybrimoe.gguf_model import GgufModel, inspect
 from hybrimoe.native.probe import FfnShape
 
@@ -161,6 +161,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+@as_script
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", type=Path, metavar="MODEL")
@@ -171,14 +172,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="results with all samples")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="the first model's probe as PNG (needs matplotlib)")
     args = parser.parse_args(argv)
-    try:
-        results = [
-            validate(path, seconds=args.seconds, n_threads=args.threads, n_tokens=args.n_tokens, n_ctx=args.n_ctx)
-            for path in args.models
-        ]
-    except HybrimoeError as error:
-        print(render(error), file=sys.stderr)
-        return error.exit_code
+    results = [
+        validate(path, seconds=args.seconds, n_threads=args.threads, n_tokens=args.n_tokens, n_ctx=args.n_ctx)
+        for path in args.models
+    ]
     print(table(results))
     if args.json:
         args.json.write_text(json.dumps(results, indent=1), encoding="utf-8")

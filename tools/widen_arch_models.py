@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hybrimoe.errors import HybrimoeError, ModelError, UsageError, render
+from hybrimoe.errors import ModelError, UsageError, as_script
 
 if TYPE_CHECKING:
     import numpy as np
@@ -109,6 +109,7 @@ def _models(paths: Iterable[Path]) -> list[Path]:
     return found
 
 
+@as_script
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -120,15 +121,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--type", metavar="TYPE", help="quantise the experts: Q4_0, Q8_0, ... (default: as they are)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    try:
-        for path in _models(args.models):
-            suffix = f"-{args.type}" if args.type else ""
-            out = args.out / f"{path.stem}-e{args.experts}k{args.top_k}{suffix}.gguf"
-            widen(path, out, n_experts=args.experts, top_k=args.top_k, type_name=args.type, seed=args.seed)
-            print(out)
-    except HybrimoeError as error:
-        print(render(error), file=sys.stderr)
-        return error.exit_code
+    for path in _models(args.models):
+        suffix = f"-{args.type}" if args.type else ""
+        out = args.out / f"{path.stem}-e{args.experts}k{args.top_k}{suffix}.gguf"
+        widen(path, out, n_experts=args.experts, top_k=args.top_k, type_name=args.type, seed=args.seed)
+        print(out)
     return 0
 
 
