@@ -88,28 +88,38 @@ def build_plugin(sanitize: str) -> Path:
     return build / "native" / "backend" / "libggml-hybrimoe.so"
 
 
-def run_native_tests(sanitize: str = "", jobs: int | None = None, label: str = "") -> int:
-    """Configure, build and run the native tests, or those with a label; returns ctest's exit status."""
+# What --only names: the target that builds it, and how ctest chooses it.
+PARTS = {
+    "": ("native_tests", ()),
+    "accelerator": ("accelerator_tests", ("-L", "accelerator")),
+    "others": ("light_native_tests", ("-LE", "accelerator")),
+}
+
+
+def run_native_tests(sanitize: str = "", jobs: int | None = None, part: str = "") -> int:
+    """Configure, build and run the native tests, or one of PARTS; returns ctest's exit status."""
     build = _build_folder(sanitize)
     jobs = jobs or os.cpu_count() or 2
     configure = _configure_command(sanitize)
-    make = [tool("cmake"), "--build", str(build), "-j", str(jobs)]
-    if label == "accelerator":
-        make += ["--target", "accelerator_tests"]
+    target, choice = PARTS[part]
+    make = [tool("cmake"), "--build", str(build), "-j", str(jobs), "--target", target]
     for command in (configure, make):
         result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if result.returncode != 0:
             sys.stderr.write(result.stdout[-8000:])
             return result.returncode
     test = [tool("ctest"), "--test-dir", str(build), "--output-on-failure", "--no-tests=error", "-j", str(jobs)]
-    return subprocess.run([*test, *(["-L", label] if label else [])]).returncode
+    return subprocess.run([*test, *choice]).returncode
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sanitize", choices=SANITIZERS, default="", help="build with these sanitizers")
     parser.add_argument(
-        "--only", choices=("", "accelerator"), default="", help="build and run this part alone (default: all)"
+        "--only",
+        choices=PARTS,
+        default="",
+        help="build and run this part alone: what needs a real ggml, or the others (default: all)",
     )
     parser.add_argument("--jobs", type=int, help="parallel jobs (default: all processors)")
     options = parser.parse_args()
