@@ -52,7 +52,7 @@ def test_too_little_memory(home: Path, model: str, megabytes: int) -> None:
     [
         ("profile", "{model}", "-n", "4", "--no-stock", "--no-files", "--html", "{home}/out.html"),
         ("simulate", "{trace}", "--cache-policy", "lru", "--plot", "{home}/out.png"),
-        ("probe", "--quick", "--calibration", "{home}/out.json"),
+        pytest.param(("probe", "--quick", "--calibration", "{home}/out.json"), marks=pytest.mark.slow),
     ],
     ids=lambda a: a[0],
 )
@@ -119,7 +119,9 @@ def test_a_fork_after_loading(home: Path, model: str) -> None:
     assert done.stdout.split()[0] == "7"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow), signal.SIGKILL]
+)
 def test_a_killed_run_spoils_nothing(home: Path, model: str, number: int) -> None:
     """Whatever was being written, the next start works and is told of nothing broken."""
     trace = home / "cut.trace"

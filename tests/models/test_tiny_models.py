@@ -92,7 +92,8 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         assert capsys.readouterr().err.splitlines()[0].startswith("error: ")
 
 
-@pytest.mark.parametrize("name", type_names())
+# ggml makes IQ2_S's tables when they are first asked for, which takes seconds.
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "IQ2_S" else n for n in type_names()])
 def test_quantised_weights_are_near_the_originals(name: str) -> None:
     import gguf
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-SETS = ("scalar", "avx2", "avxvnni", "avx512")
+# What the CPU has is what all other tests run.
+SETS = ("scalar", "avx2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("avxvnni", "avx512")))
 
 
 def answer(model: Path, home: Path, kernels: str) -> subprocess.CompletedProcess[str]:
