@@ -258,3 +258,12 @@ def test_a_text_for_bench_must_be_a_file(fifo: Path) -> None:
 
     with pytest.raises(UsageError):
         check_source(str(fifo))
+
+
+def test_a_history_that_is_a_pipe_costs_the_history(fifo: Path) -> None:
+    from prompt_toolkit.history import InMemoryHistory
+
+    from hybrimoe.cli.terminal import _history
+
+    assert type(_history(fifo)) is InMemoryHistory
+    assert fifo.is_fifo()

@@ -13,6 +13,7 @@ from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 
 from hybrimoe.cli import slash
+from hybrimoe.files import check_replaceable
 from hybrimoe.private_files import make_private_folder, private_opener
 
 _FILE_COMMANDS = ("/read", "/save", "/load")
@@ -84,6 +85,7 @@ def _history(path: Path) -> History:
     # A folder that cannot be written costs the history, not the chat.
     with contextlib.suppress(OSError):
         make_private_folder(path.parent)
+        check_replaceable(path)  # opening a pipe would wait for a reader
         with open(path, "a", opener=private_opener):
             path.chmod(0o600)  # one of an earlier release
         return _KeptHistory(str(path))
