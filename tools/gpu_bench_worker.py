@@ -179,7 +179,7 @@ def serve(options: WorkerOptions) -> None:
     except ForwardError as error:
         reply(error=str(error), hint="a model that does not fit the GPU fails like this")
         raise SystemExit(1) from None
-    except KeyboardInterrupt:  # reaches every process of the terminal
+    except (KeyboardInterrupt, BrokenPipeError):  # whoever asked is gone
         raise SystemExit(130) from None
 
 

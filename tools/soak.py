@@ -201,6 +201,9 @@ def report(tally: Tally, memory: list[tuple[int, int]], state: dict[str, Any], p
     first = sum(a for a, _ in memory[third : 2 * third]) / max(1, len(memory[third : 2 * third]))
     last = sum(a for a, _ in memory[-third:]) / third
     growth = last / first - 1 if first else 0.0
+    # What answers under way hold comes and goes; a leak raises the least.
+    tenth = -(-len(memory) // 10)
+    floors = [min(a for a, _ in memory[i : i + tenth]) for i in range(0, len(memory), tenth)]
     times = sorted(tally.seconds) or [0.0]
     requests = state["requests"]
     left = requests["running"] + requests["waiting"]
@@ -215,6 +218,7 @@ def report(tally: Tally, memory: list[tuple[int, int]], state: dict[str, Any], p
         ("server: done / cancelled / failed", f"{requests['done']} / {requests['cancelled']} / {requests['failed']}"),
         ("server: requests left over", str(left)),
         ("own memory, middle and last third", f"{first / 2**20:.1f}, {last / 2**20:.1f} MiB ({growth:+.1%})"),
+        ("own memory, least of each tenth, MiB", " ".join(f"{n / 2**20:.0f}" for n in floors)),
         ("all resident memory at the end", f"{memory[-1][1] / 2**20:.0f} MiB"),
     ]
     for name, value in rows:

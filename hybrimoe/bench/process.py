@@ -35,8 +35,14 @@ class WorkerProcess:
     ) -> None:
         self.name = name
         self._give_up_s = give_up_s
+        # A session of its own: a terminal's Ctrl-C is for us, who end it, not for a Python that is just starting.
         self._process = subprocess.Popen(
-            list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=dict(environment), text=True
+            list(command),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=dict(environment),
+            text=True,
+            start_new_session=True,
         )
         try:
             self.ready = self._read()
@@ -56,9 +62,13 @@ class WorkerProcess:
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         timer = threading.Timer(self._give_up_s, self._process.kill)
-        timer.start()
+        timer.daemon = True  # an interrupted start may leave it behind
         try:
+            timer.start()
             line = self._process.stdout.readline()
+        except BaseException:
+            self._process.kill()  # nobody wants the answer that it is at any more
+            raise
         finally:
             timer.cancel()
         if not line:

@@ -292,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except HybrimoeError as error:
         reply(error=error.message, hint=error.hint, exit_code=error.exit_code)
         return error.exit_code
-    except KeyboardInterrupt:  # reaches every process of the terminal
+    except (KeyboardInterrupt, BrokenPipeError):  # whoever asked is gone
         return 130
     return 0
 

@@ -109,7 +109,8 @@ def profile(settings: Settings, positionals: list[str]) -> int:
         note(f"report: {report}", "open it in a browser")
     if timeline is not None:
         note(f"timeline: {timeline}", "open it at https://ui.perfetto.dev (it stays on your machine)")
-    return EXIT_INTERRUPTED if facts.interrupted else 0
+    was_cut = facts.interrupted or (stock or {}).get("error") == _INTERRUPTED
+    return EXIT_INTERRUPTED if was_cut else 0
 
 
 def _targets(settings: Settings, model: Path) -> tuple[Path | None, Path | None]:
@@ -239,6 +240,9 @@ def _about(engine: Engine, facts: Facts) -> dict[str, Any]:
     }
 
 
+_INTERRUPTED = "interrupted"
+
+
 def _stock(settings: Settings, path: Path, update: Any) -> dict[str, Any]:
     """Tokens per second of plain llama.cpp; what went wrong as `error`: the profile itself is worth having."""
     from hybrimoe import machine
@@ -279,6 +283,8 @@ def _stock(settings: Settings, path: Path, update: Any) -> dict[str, Any]:
         rows = measure_stock(worker, setup, list(names.values()), 2)
     except HybrimoeError as error:
         return {"error": error.message}
+    except KeyboardInterrupt:
+        return {"error": _INTERRUPTED}
     return {name: row.values()["avg_ts"] for name, row in zip(names, rows, strict=True)}
 
 
