@@ -77,8 +77,8 @@ def test_stuck_copy(check: Callable[..., Any], at: int) -> None:
 
     `at` counts from the first copy after the caches are filled.
     """
-    faults = {"stick_copy": N_SLOTS * N_LAYERS + at, "stick_us": 150_000, "copy_patience_us": 50_000}
-    got = check(faults, prefill=[3], decode=900)
+    faults = {"stick_copy": N_SLOTS * N_LAYERS + at, "stick_us": 400_000, "copy_patience_us": 150_000}
+    got = check(faults, prefill=[3], decode=1000)
     (stuck,) = events(got, "did not end")
     (again,) = events(got, "copies again")
     assert got.facts["events"].index(stuck) < got.facts["events"].index(again)
