@@ -17,8 +17,8 @@ import pytest
 
 COMMANDS = {
     # Long enough never to end by itself within the test.
-    "bench": ["bench", "-p", "0", "-n", "64", "-r", "10000", "-o", "jsonl"],
-    "bench-process": ["bench", "-p", "0", "-n", "64", "-r", "10000", "--interleave", "process"],
+    "bench": ["bench", "-p", "0", "-n", "64", "-r", "2000", "-o", "jsonl"],
+    "bench-process": ["bench", "-p", "0", "-n", "64", "-r", "2000", "--interleave", "process"],
     "profile": ["profile", "-p", "16", "-n", "2000", "--html", "r.html", "--trace", "r.trace"],
     "profile-stock": ["profile", "-p", "8", "-n", "8", "--html", "r.html", "--perfetto", "r.json"],
 }
