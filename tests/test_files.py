@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -236,8 +237,6 @@ def test_writing_to_a_pipe_that_is_read(fifo: Path) -> None:
                 save(fifo, b"text")
                 break
             except HybrimoeError:  # the reader has not come yet
-                import time
-
                 time.sleep(0.05)
         assert reader.communicate(timeout=60)[0] == b"text"
 
