@@ -7,6 +7,8 @@ PY     := $(VENV)/bin/python
 NATIVE := $(shell find native -type f 2>/dev/null) CMakeLists.txt pyproject.toml
 # Sanitizers of `make test-native`: address (with undefined), thread, or empty.
 SAN    ?=
+# Two processes share the test files: most tests keep one processor busy, and more of them would crowd the models' threads.
+PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help chat setup dev test test-all test-native fuzz lint format docs reproduce clean
@@ -22,10 +24,10 @@ setup: $(VENV)/.hybrimoe  ## the environment in .venv: llama-cpp-python, the plu
 dev: $(VENV)/.dev  ## the same, with what tests and linters need
 
 test: dev  ## the test suite
-	@$(PY) -m pytest -m "not slow"
+	@$(PYTEST) -m "not slow"
 
 test-all: dev  ## the whole suite, slow tests too
-	@$(PY) -m pytest
+	@$(PYTEST)
 
 test-native: dev  ## the native tests alone; SAN=address or SAN=thread builds them with sanitizers
 	@$(PY) tools/test_native.py --sanitize "$(SAN)"

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / "tools"
 # The makers of test models are scripts that import each other by name.
 sys.path.insert(0, str(TOOLS))
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Two models at once have more threads than there are processors: OpenMP's must not spin while they wait.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+@pytest.fixture(scope="session")
+def one_builds(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[[str], FileLock]:
+    """`with one_builds(name):` one worker of this run at a time, for what is built once and kept for all."""
+    folder = tmp_path_factory.getbasetemp()
+    # Each worker's folder is below the run's.
+    folder = folder if worker_id == "master" else folder.parent
+    return lambda name: FileLock(folder / f"{name}.lock")
 
 
 @pytest.fixture(scope="session")
@@ -43,17 +58,19 @@ def tiny_model(tiny_models_dir: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def demo_model() -> Path:
+def demo_model(one_builds: Callable[[str], FileLock]) -> Path:
     """The full demo model, built on first use and kept in the model store (where `make chat` puts it as well)."""
     from hybrimoe.models import store
 
-    return store.build_demo()
+    with one_builds("demo"):
+        return store.build_demo()
 
 
 @pytest.fixture(scope="session")
-def llama_cpp_bin() -> Path:
+def llama_cpp_bin(one_builds: Callable[[str], FileLock]) -> Path:
     """The folder of plain llama.cpp's own programs; built once (minutes) unless HYBRIMOE_LLAMA_CPP_BIN names them."""
-    result = subprocess.run([sys.executable, str(TOOLS / "build_llama_cpp.py")], stdout=subprocess.PIPE, text=True)
+    with one_builds("llama.cpp"):
+        result = subprocess.run([sys.executable, str(TOOLS / "build_llama_cpp.py")], stdout=subprocess.PIPE, text=True)
     assert result.returncode == 0, "tools/build_llama_cpp.py failed, see above"
     return Path(result.stdout.strip())
 
