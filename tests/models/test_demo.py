@@ -39,16 +39,17 @@ def dense_path() -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def read_once() -> Iterator[None]:
     """Builds differ in what they make of the source model and the corpus; reading these takes most of a small build."""
+    read = demo.token_windows
+
+    @functools.cache
+    def kept(path: Path, texts: tuple[str, ...], n_window: int, n_least: int | None) -> list[list[int]]:
+        return read(path, list(texts), n_window, n_least)
+
+    def token_windows(path: Path, texts: list[str], n_window: int, n_least: int | None = None) -> list[list[int]]:
+        return kept(path, tuple(texts), n_window, n_least)
+
     with pytest.MonkeyPatch.context() as patch:
-        texts = functools.cache(lambda path, texts, n_window: demo_token_windows(path, list(texts), n_window))
-        demo_token_windows = demo.token_windows
-        patch.setattr(
-            demo,
-            "token_windows",
-            lambda path, given, n, *rest: (
-                demo_token_windows(path, given, n, *rest) if rest else texts(path, tuple(given), n)
-            ),
-        )
+        patch.setattr(demo, "token_windows", token_windows)
         patch.setattr(demo, "DenseLlama", functools.cache(demo.DenseLlama))
         yield
 
