@@ -4,6 +4,9 @@
 The source is the very llama.cpp that the plug-in is compiled for, so `GGML_BACKEND_PATH` works with what comes out. The
 programs are kept in the user's cache, and only missing ones are built. Prints the folder that holds them.
 HYBRIMOE_LLAMA_CPP_BIN names a folder of programs that exist already; then nothing is built.
+
+--without-avx builds llama.cpp's libraries alone, for x86-64 CPUs without AVX: with LLAMA_CPP_LIB_PATH they take the
+place of the installed ones, which are compiled for the CPU at hand.
 """
 
 from __future__ import annotations
@@ -44,13 +47,14 @@ CMAKE_OPTIONS = (
 )
 # The same compiler fault as in llama_cpp_trim.cmake: ggml's AMX path crashes when built with GCC 12.
 X86_OPTIONS = ("-DCMAKE_C_FLAGS=-U__AMX_INT8__", "-DCMAKE_CXX_FLAGS=-U__AMX_INT8__")
+WITHOUT_AVX = ("-DGGML_NATIVE=OFF", *(f"-DGGML_{name}=OFF" for name in ("AVX", "AVX2", "FMA", "F16C", "BMI2")))
 
 
-def kept_folder() -> Path:
+def kept_folder(*, without_avx: bool = False) -> Path:
     """Where the programs are kept: one folder for each release and CPU, because ggml compiles for the CPU at hand."""
     version, sha256 = read_release()
     root: Path = cache_root().parent
-    return root / f"llama.cpp-{version}-{sha256[:12]}-{cpu_key()}"
+    return root / f"llama.cpp-{version}-{sha256[:12]}-{'no-avx' if without_avx else cpu_key()}"
 
 
 def kept_targets(folder: Path) -> set[str]:
@@ -105,7 +109,7 @@ def run(command: Sequence[str]) -> None:
         fail("llama.cpp could not be built", "the lines above say why")
 
 
-def build(targets: Sequence[str], folder: Path, jobs: int) -> None:
+def build(targets: Sequence[str], folder: Path, jobs: int, *, without_avx: bool = False) -> None:
     """Builds `targets` in a temporary folder beside `folder`, then puts its programs and libraries there."""
     version, sha256 = read_release()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -118,6 +122,8 @@ def build(targets: Sequence[str], folder: Path, jobs: int) -> None:
         configure += [f"-DLLAMA_BUILD_SERVER={'ON' if 'llama-server' in targets else 'OFF'}"]
         if platform.machine() in ("x86_64", "AMD64"):
             configure += X86_OPTIONS
+        if without_avx:
+            configure += WITHOUT_AVX
         run(configure)
         run([tool("cmake"), "--build", str(work), "-j", str(jobs), "--target", *targets])
         if sys.stderr.isatty():
@@ -138,23 +144,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 2, help="parallel jobs (default: all processors)")
     parser.add_argument("--no-build", action="store_true", help="only look for them; status 1 when one is missing")
+    parser.add_argument("--without-avx", action="store_true", help="the libraries alone, for CPUs without AVX")
     options = parser.parse_args(argv)
     if options.jobs < 1:
         parser.error("--jobs must be at least 1")
-    targets = [*(options.target or TARGETS), *options.more]
-    found = find_programs(targets)
-    if found is None and os.environ.get("HYBRIMOE_LLAMA_CPP_BIN"):
+    if options.without_avx and (options.target or options.more):
+        parser.error("--without-avx builds no programs")
+    targets = ["llama"] if options.without_avx else [*(options.target or TARGETS), *options.more]
+    folder = kept_folder(without_avx=options.without_avx)
+    if options.without_avx:
+        found = folder / "bin" if "llama" in kept_targets(folder) else None
+    else:
+        found = find_programs(targets)
+    if found is None and not options.without_avx and os.environ.get("HYBRIMOE_LLAMA_CPP_BIN"):
         fail(
             f"HYBRIMOE_LLAMA_CPP_BIN ({os.environ['HYBRIMOE_LLAMA_CPP_BIN']}) lacks one of {' '.join(targets)}",
             "unset it to build them from the pinned release",
         )
     if found is None and options.no_build:
         fail(f"one of {' '.join(targets)} is not built yet", "run tools/build_llama_cpp.py")
-    folder = kept_folder()
     try:
         if found is None:
-            print("building llama.cpp's own programs once: about 8 minutes on 2 cores", file=sys.stderr)
-            build(sorted(kept_targets(folder) | set(targets)), folder, options.jobs)
+            what = "libraries without AVX" if options.without_avx else "own programs"
+            print(f"building llama.cpp's {what} once: about 8 minutes on 2 cores", file=sys.stderr)
+            wanted = sorted(kept_targets(folder) | set(targets))
+            build(wanted, folder, options.jobs, without_avx=options.without_avx)
             found = folder / "bin"
     except OSError as error:
         fail(

@@ -76,16 +76,16 @@ def _configure_command(sanitize: str) -> list[str]:
     return configure
 
 
-def build_plugin(sanitize: str) -> Path:
-    """The plug-in as it ships, with a sanitizer: for a llama_cpp whose process preloads the sanitizer's library.
+def build_target(target: str, sanitize: str = "") -> Path:
+    """Builds one target of the native code with its tests; returns the folder of the build.
 
     Raises CalledProcessError, with what the compiler printed.
     """
     build = _build_folder(sanitize)
-    make = [tool("cmake"), "--build", str(build), "--target", "ggml-hybrimoe", "-j", str(os.cpu_count() or 2)]
+    make = [tool("cmake"), "--build", str(build), "--target", target, "-j", str(os.cpu_count() or 2)]
     for command in (_configure_command(sanitize), make):
         subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return build / "native" / "backend" / "libggml-hybrimoe.so"
+    return build
 
 
 # What --only names: the target that builds it, and how ctest chooses it.

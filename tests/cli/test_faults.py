@@ -79,7 +79,8 @@ def test_a_full_disk_does_not_end_an_answer(home: Path, model: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_stopped_process_goes_on(home: Path, model: str) -> None:
+@pytest.mark.parametrize("seconds", [3, pytest.param(60, marks=pytest.mark.slow)])
+def test_a_stopped_process_goes_on(home: Path, model: str, seconds: int) -> None:
     """As after the machine slept: copies seem to have taken long, the answer is the same."""
     arguments = ("run", model, "hello", "-n", "400", "--temp", "0", *STAND_IN)
     reference = run(*arguments)
@@ -87,7 +88,7 @@ def test_a_stopped_process_goes_on(home: Path, model: str) -> None:
     assert process.stdout is not None
     first = process.stdout.read(1)
     process.send_signal(signal.SIGSTOP)
-    time.sleep(3)
+    time.sleep(seconds)
     process.send_signal(signal.SIGCONT)
     rest, err = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 0, err

@@ -57,13 +57,13 @@ def test_the_plugin_as_it_ships_with_address_sanitizer(
     tiny_model: Callable[..., Path], architecture: str, quant: str
 ) -> None:
     """With OpenMP's team and the installed llama_cpp: the path that the other sanitized programs leave out."""
-    sys.path.insert(0, str(ROOT / "tools"))
-    from test_native import build_plugin
+    from test_native import build_target
 
+    plugin = build_target("ggml-hybrimoe", "address") / "native" / "backend" / "libggml-hybrimoe.so"
     library = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
     environment = {
         **os.environ,
-        "HYBRIMOE_PLUGIN": str(build_plugin("address")),
+        "HYBRIMOE_PLUGIN": str(plugin),
         "LD_PRELOAD": library.stdout.strip(),
         # Python itself keeps memory to the end.
         "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",
@@ -74,3 +74,18 @@ def test_the_plugin_as_it_ships_with_address_sanitizer(
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert (done.returncode, done.stdout) == (0, "decoded\n"), done.stderr[-8000:]
     assert "AddressSanitizer" not in done.stderr and "runtime error" not in done.stderr, done.stderr[-8000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("cpu", "sets"), [("Nehalem", "scalar"), ("SandyBridge", "scalar"), ("Haswell", "avx2 scalar")]
+)
+def test_kernels_on_an_emulated(cpu: str, sets: str, emulator: str) -> None:
+    """Against the reference, on several threads, with the instruction sets that this CPU has."""
+    from test_native import build_target
+
+    program = build_target("test_kernels") / "native" / "tests" / "kernels" / "test_kernels"
+    command = [emulator, "-cpu", cpu, str(program), "threads"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1].endswith(f"checks, 0 failures, sets: {sets}")
