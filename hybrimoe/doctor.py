@@ -120,6 +120,7 @@ def _examine_versions(d: Diagnosis) -> None:
 
 
 def _examine_llama(d: Diagnosis) -> bool:
+    mend = "pip install --force-reinstall --no-cache-dir llama-cpp-python"
     try:
         import llama_cpp
 
@@ -127,11 +128,15 @@ def _examine_llama(d: Diagnosis) -> bool:
         from hybrimoe.llama_seam import has_faulty_amx
         from hybrimoe.native.plugin import ggml_library
 
+        code = "import llama_cpp; llama_cpp.llama_backend_init(); llama_cpp.llama_supports_gpu_offload()"
+        _try_in_child(code, "llama.cpp crashes when it is started", mend)
         llama_log()
         llama_cpp.llama_backend_init()
         ggml = ggml_library()
+    except PluginError as error:
+        d.findings.append(Finding("error", "llama.cpp", error.message, error.hint, error.exit_code))
+        return False
     except Exception as error:
-        mend = "pip install --force-reinstall --no-cache-dir llama-cpp-python"
         d.findings.append(Finding("error", "llama.cpp", f"llama-cpp-python cannot be loaded: {error}", mend, 5))
         return False
     d.versions["ggml"] = ggml.ggml_version().decode()
@@ -183,7 +188,8 @@ def _examine_plugin(d: Diagnosis) -> bool:
     try:
         d.plugin["path"] = str(library_path())
         # Loading may end the process when the library does not match: another process tries it first.
-        _try_in_child("from hybrimoe.native.plugin import load_plugin; load_plugin()")
+        code = "from hybrimoe.native.plugin import load_plugin; load_plugin()"
+        _try_in_child(code, "the plug-in crashes when it is loaded", _reinstall())
         plugin = load_plugin()
     except HybrimoeError as error:
         d.plugin["loaded"] = False
@@ -203,10 +209,15 @@ def _examine_plugin(d: Diagnosis) -> bool:
     return True
 
 
-def _try_in_child(code: str) -> None:
+def _try_in_child(code: str, failure: str, mend: str) -> None:
+    """Raises PluginError when a signal ends the child: `failure`, unless the cause is a llama.cpp for another CPU."""
+    from hybrimoe.last_words import wrong_cpu
+
     done = _child([sys.executable, "-c", code], dict(os.environ))
+    if done.returncode == -signal.SIGILL:
+        raise wrong_cpu()
     if done.returncode < 0:
-        raise PluginError(f"the plug-in crashes when it is loaded ({_signal(done.returncode)})", _reinstall())
+        raise PluginError(f"{failure} ({_signal(done.returncode)})", mend)
 
 
 def _child(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:

@@ -13,6 +13,7 @@ import ctypes
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybrimoe.errors import HybrimoeError, ModelError
 from hybrimoe.files import open_regular
+from hybrimoe.last_words import wrong_cpu
 
 if TYPE_CHECKING:
     from hybrimoe.gguf_model import GgufModel
@@ -86,8 +88,8 @@ class Buffers:
 def dry_load(model: GgufModel, shape: LoadShape) -> Buffers:
     """Asks llama.cpp. `model` may come from headers alone.
 
-    Raises ModelError when llama.cpp refuses the model, LlamaCrashError when it dies of it, HybrimoeError when it cannot
-    be asked (not installed, no room for a sparse file).
+    Raises ModelError when llama.cpp refuses the model, LlamaCrashError when it dies of it, PluginError when it is not
+    for this CPU, HybrimoeError when it cannot be asked (not installed, no room for a sparse file).
     """
     if all(t.offset + t.n_bytes <= _file_bytes(t.path) for t in model.tensors):
         return _in_child(model.path, shape)
@@ -129,6 +131,8 @@ def _in_child(path: Path, shape: LoadShape) -> Buffers:
         raise LlamaCrashError(f"it did not come to an end within {_TIMEOUT_S} s") from error
     except OSError as error:
         raise HybrimoeError(f"llama.cpp could not be asked for its buffers: {error}", "hybrimoe doctor") from error
+    if done.returncode == -signal.SIGILL:
+        raise wrong_cpu()
     if done.returncode < 0:
         raise LlamaCrashError(_last_word(done.stderr, done.returncode))
     try:
@@ -144,8 +148,6 @@ def _in_child(path: Path, shape: LoadShape) -> Buffers:
 
 def _last_word(text: str, returncode: int) -> str:
     """What a process that a signal ended said: ggml's assertion, else the signal's name."""
-    import signal
-
     for line in text.splitlines():
         if match := _LAST_WORD.search(line):
             return match[0].strip()

@@ -1,7 +1,8 @@
 """Two lines for the user where llama.cpp, a driver or the kernel would end the process without an understandable word.
 
-Both ends are final by design: ggml aborts when a device is lost, and the kernel raises SIGBUS when a page of the mapped
-model file is gone. For programs that own their process only.
+All these ends are final: ggml aborts when a device is lost, and the kernel raises SIGBUS when a page of the mapped
+model file is gone, SIGILL when llama.cpp was compiled for a CPU that can do more. For programs that own their process
+only.
 """
 
 from __future__ import annotations
@@ -13,25 +14,50 @@ import re
 from pathlib import Path
 from typing import Any
 
-from hybrimoe.errors import HybrimoeError, ModelError, render
+from hybrimoe.errors import HybrimoeError, ModelError, PluginError, render
 
-__all__ = ["explain_ends"]
+__all__ = ["explain_ends", "explain_wrong_cpu", "wrong_cpu"]
 
 # ggml puts the source file's path and line in front.
 _SOURCE = re.compile(r"^\S*?([\w.-]+:\d+: )")
 
 
 def explain_ends(model: Path, *, with_plugin: bool) -> None:
-    """From now on an abort inside ggml and a cut model file end the process with an error's two lines and its code."""
+    """From now on an abort inside ggml and, with the plug-in, a cut model file end the process with an error's two
+    lines and its code."""
     _explain_aborts()
     if with_plugin:
-        from hybrimoe.native.plugin import load_plugin
+        from hybrimoe.native.plugin import Ending, set_last_words
 
         error = ModelError(
             f"'{model.name}' was cut, or its disk failed, while it was in use",
             "start again with a whole file; replace models by renaming, not by writing over them",
         )
-        load_plugin().set_last_words("\n" + render(error) + "\n", error.exit_code)
+        set_last_words(Ending.FILE_IS_GONE, _words(error), error.exit_code)
+
+
+def explain_wrong_cpu() -> None:
+    """The same for a llama.cpp that is not for this CPU, whose first call may be the last. Needs the plug-in's library,
+    and raises PluginError where it cannot be opened."""
+    from hybrimoe.native.plugin import Ending, set_last_words
+
+    error = wrong_cpu()
+    set_last_words(Ending.ILLEGAL_INSTRUCTION, _words(error), error.exit_code)
+
+
+def _words(error: HybrimoeError) -> str:
+    # The cursor may stand in the middle of an answer.
+    return f"\n{render(error)}\n"
+
+
+def wrong_cpu() -> PluginError:
+    """What an illegal instruction means: our own code asks the CPU what it has, llama.cpp's is compiled for one."""
+    import llama_cpp
+
+    return PluginError(
+        "llama.cpp was compiled for another CPU: it uses an instruction that this one lacks",
+        f"pip install --force-reinstall --no-cache-dir --no-deps llama-cpp-python=={llama_cpp.__version__}",
+    )
 
 
 @functools.cache
@@ -41,7 +67,7 @@ def _explain_aborts() -> Any:
 
     def end(message: bytes | None) -> None:
         # In whatever thread it happened; nothing of llama.cpp may be called any more.
-        os.write(2, f"\n{render(_abort_error((message or b'').decode('utf-8', 'replace')))}\n".encode())
+        os.write(2, _words(_abort_error((message or b"").decode("utf-8", "replace"))).encode())
         os._exit(HybrimoeError.exit_code)
 
     on_abort = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(end)

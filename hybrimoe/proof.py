@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hybrimoe.errors import HybrimoeError, ModelError
+from hybrimoe.errors import HybrimoeError, ModelError, PluginError
 from hybrimoe.files import open_regular
 from hybrimoe.gguf_header import DOWNLOAD_HINT, read_header
 from hybrimoe.private_files import make_private_folder, private_opener
@@ -45,8 +45,8 @@ def header_hash(model: GgufModel) -> str:
 def prove(model: GgufModel, folder: Path) -> bool:
     """Loads the header in a child, unless that was done before; proofs are kept in `folder`. Returns whether it ran.
 
-    Raises ModelError when the child was ended by llama.cpp. What llama.cpp merely refuses is left to the real load,
-    which says why; so is a file for which no child can be started.
+    Raises ModelError when the child was ended by llama.cpp, PluginError when llama.cpp is not for this CPU. What it
+    merely refuses is left to the real load, which says why; so is a file for which no child can be started.
     """
     from hybrimoe.dry_load import LlamaCrashError, LoadShape, dry_load
 
@@ -62,6 +62,8 @@ def prove(model: GgufModel, folder: Path) -> bool:
         raise ModelError(
             f"'{model.path.name}' makes llama.cpp end the process: {error.reason}", DOWNLOAD_HINT
         ) from error
+    except PluginError:
+        raise
     except HybrimoeError:
         return True
     # Without a place to remember it, the proof is made again the next time.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import stat
 import struct
 from collections.abc import Callable
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 from gguf import GGUFReader
 
-from hybrimoe.errors import ModelError
+from hybrimoe import dry_load
+from hybrimoe.errors import ModelError, PluginError
 from hybrimoe.gguf_model import inspect
 from hybrimoe.proof import header_hash, prove
 
@@ -35,6 +37,19 @@ def test_an_assertion_of_llama_cpp_is_an_error(tiny_model: TinyModel, tmp_path: 
             ModelError, match=r"'bad.gguf' makes llama.cpp end the process: deepseek2.cpp:\d+: GGML_ASS"
         ):
             prove(model, tmp_path / "proofs")
+    assert not (tmp_path / "proofs").exists()
+
+
+def test_a_llama_cpp_for_another_cpu_is_not_the_models_fault(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The child stumbles over the instruction first."""
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\nkill -{signal.SIGILL.name[3:]} $$\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(dry_load.sys, "executable", str(program))
+    with pytest.raises(PluginError, match=r"llama\.cpp was compiled for another CPU"):
+        prove(inspect(tiny_model("mixtral", "Q4_0")), tmp_path / "proofs")
     assert not (tmp_path / "proofs").exists()
 
 

@@ -173,10 +173,12 @@ def load_engine(
     """`open_engine` for engines of any kind, and for nobody to watch. `on_progress` may raise to stop loading."""
     from hybrimoe.expert_options import default_state_dir
     from hybrimoe.gguf_model import inspect
-    from hybrimoe.last_words import explain_ends
+    from hybrimoe.last_words import explain_ends, explain_wrong_cpu
     from hybrimoe.llama_log import llama_log
     from hybrimoe.proof import prove
 
+    if settings.plugin:
+        explain_wrong_cpu()
     llama_log().verbose = settings.verbose
     _warn_about_gpu(settings)
     model = inspect(path).require_moe()

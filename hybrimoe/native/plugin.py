@@ -7,6 +7,7 @@ import functools
 import json
 import os
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,15 @@ from hybrimoe.native.locate import installed_library
 from hybrimoe.native.trace_ring import TraceRing
 
 LIBRARY_NAME = "libggml-hybrimoe.so"
-ABI_VERSION = 3
+ABI_VERSION = 4
 REINSTALL_HINT = "reinstall the package for this llama-cpp-python: pip install --force-reinstall --no-deps hybrimoe"
+
+
+class Ending(IntEnum):
+    """enum hybrimoe_ending: why the kernel would end the process"""
+
+    FILE_IS_GONE = 0
+    ILLEGAL_INSTRUCTION = 1
 
 
 class _LayerCounters(ctypes.Structure):
@@ -120,10 +128,6 @@ class Plugin:
                 layers.append(LayerCounters(layer=layer, **values))
         return layers
 
-    def set_last_words(self, text: str | None, exit_code: int = 1) -> None:
-        """What goes to stderr when a page of a mapped model file is gone; the process ends then. None: no longer."""
-        self._library.hybrimoe_set_last_words(None if text is None else text.encode(), exit_code)
-
     def n_nodes_delegated(self, instance: int) -> int:
         """Graph nodes of `instance` that ggml's CPU backend computed outside any MoE block."""
         return int(self._library.hybrimoe_n_nodes_delegated(instance))
@@ -175,13 +179,10 @@ def library_path() -> Path:
 
 
 @functools.cache
-def load_plugin() -> Plugin:
-    """Load the plug-in into llama_cpp's ggml and return it. Must run before the model is loaded.
-
-    Raises PluginError when the library is missing, damaged, or compiled for another ggml.
-    """
+def _open_library() -> ctypes.CDLL:
+    """The plug-in's library, before anything of ggml is called. Raises PluginError when it is missing or damaged."""
     path = library_path()
-    ggml = ggml_library()
+    ggml_library()
     try:
         # RTLD_GLOBAL is not needed: the library finds ggml's symbols through the sonames that llama_cpp has loaded.
         library = ctypes.CDLL(str(path))
@@ -191,6 +192,16 @@ def load_plugin() -> Plugin:
     abi = library.hybrimoe_abi_version()
     if abi != ABI_VERSION:
         raise PluginError(f"the plug-in has ABI {abi}, this package needs {ABI_VERSION}", REINSTALL_HINT)
+    return library
+
+
+@functools.cache
+def load_plugin() -> Plugin:
+    """Load the plug-in into llama_cpp's ggml and return it. Must run before the model is loaded.
+
+    Raises PluginError when the library is missing, damaged, or compiled for another ggml.
+    """
+    path, library, ggml = library_path(), _open_library(), ggml_library()
     mismatch = library.hybrimoe_check_ggml()
     if mismatch:
         raise PluginError(_text(mismatch), REINSTALL_HINT)
@@ -199,6 +210,14 @@ def load_plugin() -> Plugin:
         raise PluginError(f"ggml refused the plug-in {path}", "run again with -v to see ggml's reason")
     device = ggml.ggml_backend_reg_dev_get(registry, 0)
     return Plugin(path, library, ggml.ggml_backend_dev_buffer_type(device))
+
+
+def set_last_words(ending: Ending, text: str | None, exit_code: int = 1) -> None:
+    """What goes to stderr when the kernel ends the process for that reason; None: as if this was never called.
+
+    Calls nothing of ggml. Raises PluginError when the plug-in's library is missing or damaged.
+    """
+    _open_library().hybrimoe_set_last_words(ending, None if text is None else text.encode(), exit_code)
 
 
 @functools.cache
@@ -276,8 +295,8 @@ def _declare(library: ctypes.CDLL) -> None:
     # uint64_t hybrimoe_next_event(uint64_t instance, uint64_t after, char * line, size_t size)
     library.hybrimoe_next_event.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_char_p, ctypes.c_size_t]
     library.hybrimoe_next_event.restype = ctypes.c_uint64
-    # int hybrimoe_set_last_words(const char * text, int exit_code)
-    library.hybrimoe_set_last_words.argtypes = [ctypes.c_char_p, ctypes.c_int]
+    # int hybrimoe_set_last_words(int ending, const char * text, int exit_code)
+    library.hybrimoe_set_last_words.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int]
     library.hybrimoe_set_last_words.restype = ctypes.c_int
     # int hybrimoe_reset_counters(uint64_t instance)
     library.hybrimoe_reset_counters.argtypes = [ctypes.c_uint64]

@@ -177,8 +177,15 @@ uint64_t hybrimoe_next_event(uint64_t instance, uint64_t after, char * line, siz
     return found ? number : 0;
 }
 
-int hybrimoe_set_last_words(const char * text, int exit_code) {
-    return hybrimoe::set_last_words(text, exit_code) ? 0 : -1;
+int hybrimoe_set_last_words(int ending, const char * text, int exit_code) {
+    switch (ending) {
+    case HYBRIMOE_FILE_IS_GONE:
+        return hybrimoe::set_last_words(hybrimoe::ending::file_is_gone, text, exit_code) ? 0 : -1;
+    case HYBRIMOE_ILLEGAL_INSTRUCTION:
+        return hybrimoe::set_last_words(hybrimoe::ending::illegal_instruction, text, exit_code) ? 0 : -1;
+    default:
+        return -1;
+    }
 }
 
 } // extern "C"

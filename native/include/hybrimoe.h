@@ -16,7 +16,7 @@ extern "C" {
 #endif
 
 // Raised by one with every change of this header that an older caller would misread.
-#define HYBRIMOE_ABI_VERSION 3
+#define HYBRIMOE_ABI_VERSION 4
 
 HYBRIMOE_API int hybrimoe_abi_version(void);
 HYBRIMOE_API const char * hybrimoe_version(void);
@@ -123,10 +123,13 @@ HYBRIMOE_API int hybrimoe_stop_trace(uint64_t instance);
 // hybrimoe_describe_state.
 HYBRIMOE_API int64_t hybrimoe_describe_trace(uint64_t instance, char * out, size_t size);
 
-// When a page of a mapped file is gone (SIGBUS: the file was cut, its disk failed), `text` goes to stderr and the
-// process ends with `exit_code`. NULL: as if this was never called. Returns 0, or -1 where the system has no such
-// signal.
-HYBRIMOE_API int hybrimoe_set_last_words(const char * text, int exit_code);
+// What the user reads when the kernel ends the process: `text` goes to stderr, the exit status is `exit_code`. NULL: as
+// if this was never called. Returns 0, or -1 for another `ending` or where the system has no such signal.
+enum hybrimoe_ending {
+    HYBRIMOE_FILE_IS_GONE        = 0, // a page of a mapped file (SIGBUS): the file was cut, its disk failed
+    HYBRIMOE_ILLEGAL_INSTRUCTION = 1, // this CPU lacks it (SIGILL): code that was compiled for another one
+};
+HYBRIMOE_API int hybrimoe_set_last_words(int ending, const char * text, int exit_code);
 
 #ifdef __cplusplus
 }

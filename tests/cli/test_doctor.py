@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -89,14 +90,25 @@ def test_a_missing_plugin_is_found(report: Any, monkeypatch: pytest.MonkeyPatch,
     assert finding["level"] == "error" and "absent.so" in finding["message"] and finding["mend"]
 
 
-def test_a_crash_is_a_finding_not_a_crash(report: Any, demo: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("signal_number", "part", "crashing", "message"),
+    [
+        (signal.SIGSEGV, "plug-in", "load_plugin()", "the plug-in crashes when it is loaded (SIGSEGV)"),
+        (signal.SIGSEGV, "llama.cpp", "llama_backend_init()", "llama.cpp crashes when it is started (SIGSEGV)"),
+        (signal.SIGILL, "llama.cpp", "llama_backend_init()", "llama.cpp was compiled for another CPU: it uses an"),
+    ],
+)
+def test_a_crash_is_a_finding_not_a_crash(
+    report: Any, demo: None, monkeypatch: pytest.MonkeyPatch, signal_number: int, part: str, crashing: str, message: str
+) -> None:
     def crash(command: list[str], _environment: Any) -> subprocess.CompletedProcess[str]:
-        return subprocess.CompletedProcess(command, -11, "", "")
+        return subprocess.CompletedProcess(command, -signal_number if crashing in command[-1] else 0, "", "")
 
     monkeypatch.setattr(doctor, "_child", crash)
     code, data = report()
     assert code == 5
-    assert "SIGSEGV" in findings(data, "plug-in")[0]["message"]
+    (finding,) = findings(data, part)
+    assert finding["level"] == "error" and finding["message"].startswith(message)
 
 
 def test_a_plugin_that_is_loaded_but_unused_is_an_error(report: Any, demo: None, monkeypatch: Any) -> None:

@@ -74,3 +74,17 @@ def test_a_model_answers_on_an_emulated(
     ours = answer(tiny_model("mixtral", "F32"), tmp_path, (emulator, "-cpu", cpu), LLAMA_CPP_LIB_PATH=libraries)
     assert ours.returncode == 0, ours.stderr[-3000:]
     assert ours.stdout == expected
+
+
+@pytest.mark.slow
+def test_a_llama_cpp_for_another_cpu_is_explained(
+    emulator: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The installed one is compiled for the CPU at hand. What children find in it is tested in tests/test_proof.py."""
+    done = answer(tiny_model("mixtral", "F32"), tmp_path, (emulator, "-cpu", "Nehalem"))
+    if done.returncode == 0:
+        pytest.skip("the installed llama.cpp needs no AVX")
+    assert (done.returncode, done.stdout) == (5, ""), done.stderr[-3000:]
+    error, hint = done.stderr.strip().splitlines()[-2:]
+    assert error == "error: llama.cpp was compiled for another CPU: it uses an instruction that this one lacks"
+    assert hint.startswith("hint: pip install --force-reinstall ")

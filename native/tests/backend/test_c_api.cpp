@@ -40,6 +40,14 @@ void test_configure() {
     CHECK(hybrimoe_configure(nullptr, error, sizeof(error)) == -1);
 }
 
+void test_last_words() {
+    CHECK(hybrimoe_set_last_words(HYBRIMOE_ILLEGAL_INSTRUCTION, "gone", 5) == 0);
+    CHECK(hybrimoe_set_last_words(HYBRIMOE_ILLEGAL_INSTRUCTION, nullptr, 5) == 0);
+    CHECK(hybrimoe_set_last_words(HYBRIMOE_FILE_IS_GONE, nullptr, 3) == 0);
+    CHECK(hybrimoe_set_last_words(2, "gone", 5) == -1);
+    CHECK(hybrimoe_set_last_words(-1, nullptr, 5) == -1);
+}
+
 void test_unknown_instances() {
     hybrimoe_layer_counters out;
     std::memset(&out, 0x5a, sizeof(out));
@@ -105,6 +113,7 @@ int main(int argc, char ** argv) {
         CHECK(hybrimoe_check_ggml() == nullptr);
         test_versions();
         test_configure();
+        test_last_words();
         test_unknown_instances();
         test_instances();
     }
