@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 import stat
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,6 +40,25 @@ def test_an_assertion_of_llama_cpp_is_an_error(tiny_model: TinyModel, tmp_path: 
         ):
             prove(model, tmp_path / "proofs")
     assert not (tmp_path / "proofs").exists()
+
+
+@pytest.mark.parametrize("command", ["run BAD hello", "profile BAD", "trace record BAD -o t.trace", "bench BAD"])
+def test_every_command_that_loads_asks_first(
+    command: str, tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = "deepseek2.attention.key_length_mla"
+    path = with_number(tiny_model("deepseek2", "Q4_0"), key, 1, tmp_path / "bad.gguf")
+    for name in ("CONFIG", "STATE", "DATA", "CACHE"):
+        monkeypatch.setenv(f"XDG_{name}_HOME", str(tmp_path / name))
+    words = command.replace("BAD", str(path)).split()
+    done = subprocess.run(
+        [sys.executable, "-m", "hybrimoe.cli.main", *words], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (3, "")
+    error, hint = done.stderr.strip().splitlines()
+    assert error.startswith("error: 'bad.gguf' makes llama.cpp end the process: deepseek2.cpp:")
+    assert hint.startswith("hint: ")
+    assert not list(tmp_path.glob("*.trace")) and not list(tmp_path.glob("*.html"))
 
 
 def test_a_llama_cpp_for_another_cpu_is_not_the_models_fault(

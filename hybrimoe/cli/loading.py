@@ -171,19 +171,13 @@ def load_engine(
     settings: Settings, path: Path, kind: type[_Engine], on_progress: Callable[[], None] = lambda: None
 ) -> Iterator[_Engine]:
     """`open_engine` for engines of any kind, and for nobody to watch. `on_progress` may raise to stop loading."""
-    from hybrimoe.expert_options import default_state_dir
     from hybrimoe.gguf_model import inspect
-    from hybrimoe.last_words import explain_ends, explain_wrong_cpu
     from hybrimoe.llama_log import llama_log
-    from hybrimoe.proof import prove
 
-    if settings.plugin:
-        explain_wrong_cpu()
     llama_log().verbose = settings.verbose
-    _warn_about_gpu(settings)
     model = inspect(path).require_moe()
-    prove(model, default_state_dir() / "proofs")
-    explain_ends(path, with_plugin=settings.plugin)
+    survive_loading(model, with_plugin=settings.plugin)
+    _warn_about_gpu(settings)
     options = with_starting_costs(_with_threads(engine_options(settings), settings, model), model)
     with progress(f"loading {path.name} ({size_text(_total_bytes(path))})") as update:
 
@@ -199,6 +193,19 @@ def load_engine(
             yield engine
     finally:
         _note_recording(engine)
+
+
+def survive_loading(model: GgufModel, *, with_plugin: bool) -> None:
+    """What goes before every load in a command's own process: llama.cpp has survived the header, and whatever ends the
+    process from here on is explained. Raises ModelError for a header that llama.cpp dies of."""
+    from hybrimoe.expert_options import default_state_dir
+    from hybrimoe.last_words import explain_ends, explain_wrong_cpu
+    from hybrimoe.proof import prove
+
+    if with_plugin:
+        explain_wrong_cpu()
+    prove(model, default_state_dir() / "proofs")
+    explain_ends(model.path, with_plugin=with_plugin)
 
 
 def _with_threads(options: EngineOptions, settings: Settings, model: GgufModel) -> EngineOptions:

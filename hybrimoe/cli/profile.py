@@ -153,12 +153,14 @@ def _trace_target(settings: Settings) -> Iterator[Path]:
 
 
 def _run(settings: Settings, path: Path, trace: Path, texts: Any, update: Any) -> tuple[Facts, dict[str, Any]]:
-    from hybrimoe.cli.loading import engine_options
+    from hybrimoe.cli.loading import engine_options, survive_loading
     from hybrimoe.engine import Engine
+    from hybrimoe.gguf_model import inspect
     from hybrimoe.llama_log import llama_log
     from hybrimoe.profiling.run import run_texts
 
     llama_log().verbose = settings.verbose
+    survive_loading(inspect(path).require_moe(), with_plugin=True)
     failures: list[str] = []
     # A profile has no flag for the plug-in.
     complete = replace(settings, values={**settings.values, "plugin": True})

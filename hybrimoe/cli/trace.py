@@ -145,7 +145,7 @@ def _record(
     force: bool,
 ) -> int:
     from hybrimoe.cli.console import stages
-    from hybrimoe.cli.loading import model_path
+    from hybrimoe.cli.loading import model_path, survive_loading
     from hybrimoe.cli.prompt import read_text
     from hybrimoe.engine import EngineOptions
     from hybrimoe.generation import Sampling
@@ -164,6 +164,7 @@ def _record(
         raise UsageError(f"'{output.name}' does not end in .trace", "give -o NAME.trace")
     check_output(output, force)
     model = inspect(path.absolute()).require_moe()
+    survive_loading(model, with_plugin=False)
     n_ctx, n_ubatch, n_threads, n_gpu_layers = load
     options = EngineOptions(
         n_ctx=min(n_ctx, model.n_ctx_train) if model.n_ctx_train else n_ctx,
