@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hybrimoe.errors import HybrimoeError, ModelError, PluginError
+from hybrimoe.expert_options import default_state_dir
 from hybrimoe.files import open_regular
 from hybrimoe.gguf_header import DOWNLOAD_HINT, read_header
 from hybrimoe.private_files import make_private_folder, private_opener
@@ -21,7 +22,7 @@ from hybrimoe.private_files import make_private_folder, private_opener
 if TYPE_CHECKING:
     from hybrimoe.gguf_model import GgufModel
 
-__all__ = ["header_hash", "prove"]
+__all__ = ["header_hash", "kept_proofs", "prove"]
 
 # Small: a context costs time, and its size is the user's affair.
 _N_CTX, _N_BATCH = 256, 32
@@ -40,6 +41,11 @@ def header_hash(model: GgufModel) -> str:
                 digest.update(chunk)
                 end -= len(chunk)
     return digest.hexdigest()
+
+
+def kept_proofs() -> Path:
+    """The folder of the user's proofs."""
+    return default_state_dir() / "proofs"
 
 
 def prove(model: GgufModel, folder: Path) -> bool:

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from gguf import GGUFReader
 
-from hybrimoe import dry_load
 from hybrimoe.errors import ModelError, PluginError
 from hybrimoe.gguf_model import inspect
 from hybrimoe.proof import header_hash, prove
@@ -68,7 +67,7 @@ def test_a_llama_cpp_for_another_cpu_is_not_the_models_fault(
     program = tmp_path / "python"
     program.write_text(f"#!/bin/sh\nkill -{signal.SIGILL.name[3:]} $$\n")
     program.chmod(0o755)
-    monkeypatch.setattr(dry_load.sys, "executable", str(program))
+    monkeypatch.setattr(sys, "executable", str(program))
     with pytest.raises(PluginError, match=r"llama\.cpp was compiled for another CPU"):
         prove(inspect(tiny_model("mixtral", "Q4_0")), tmp_path / "proofs")
     assert not (tmp_path / "proofs").exists()

@@ -50,11 +50,11 @@ X86_OPTIONS = ("-DCMAKE_C_FLAGS=-U__AMX_INT8__", "-DCMAKE_CXX_FLAGS=-U__AMX_INT8
 WITHOUT_AVX = ("-DGGML_NATIVE=OFF", *(f"-DGGML_{name}=OFF" for name in ("AVX", "AVX2", "FMA", "F16C", "BMI2")))
 
 
-def kept_folder(*, without_avx: bool = False) -> Path:
-    """Where the programs are kept: one folder for each release and CPU, because ggml compiles for the CPU at hand."""
+def kept_folder(cpu: str) -> Path:
+    """Where builds are kept: one folder for each release and CPU, because ggml compiles for the CPU at hand."""
     version, sha256 = read_release()
     root: Path = cache_root().parent
-    return root / f"llama.cpp-{version}-{sha256[:12]}-{'no-avx' if without_avx else cpu_key()}"
+    return root / f"llama.cpp-{version}-{sha256[:12]}-{cpu}"
 
 
 def kept_targets(folder: Path) -> set[str]:
@@ -63,13 +63,17 @@ def kept_targets(folder: Path) -> set[str]:
     return set(file.read_text().split()) if file.is_file() else set()
 
 
+def find_kept(targets: Sequence[str], folder: Path) -> Path | None:
+    """The programs and libraries of a finished build; None when one of `targets` is missing."""
+    return folder / "bin" if set(targets) <= kept_targets(folder) else None
+
+
 def find_programs(targets: Sequence[str] = TARGETS) -> Path | None:
     """The folder that holds all of `targets`, without building anything; None when one is missing."""
     given = os.environ.get("HYBRIMOE_LLAMA_CPP_BIN")
     if given:
         return Path(given) if all((Path(given) / name).is_file() for name in targets) else None
-    folder = kept_folder()
-    return folder / "bin" if set(targets) <= kept_targets(folder) else None
+    return find_kept(targets, kept_folder(cpu_key()))
 
 
 def extract_source(sdist: Path, folder: Path) -> Path:
@@ -109,7 +113,7 @@ def run(command: Sequence[str]) -> None:
         fail("llama.cpp could not be built", "the lines above say why")
 
 
-def build(targets: Sequence[str], folder: Path, jobs: int, *, without_avx: bool = False) -> None:
+def build(targets: Sequence[str], folder: Path, jobs: int, more_options: Sequence[str] = ()) -> None:
     """Builds `targets` in a temporary folder beside `folder`, then puts its programs and libraries there."""
     version, sha256 = read_release()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -122,9 +126,7 @@ def build(targets: Sequence[str], folder: Path, jobs: int, *, without_avx: bool 
         configure += [f"-DLLAMA_BUILD_SERVER={'ON' if 'llama-server' in targets else 'OFF'}"]
         if platform.machine() in ("x86_64", "AMD64"):
             configure += X86_OPTIONS
-        if without_avx:
-            configure += WITHOUT_AVX
-        run(configure)
+        run([*configure, *more_options])
         run([tool("cmake"), "--build", str(work), "-j", str(jobs), "--target", *targets])
         if sys.stderr.isatty():
             print(file=sys.stderr)
@@ -150,25 +152,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--jobs must be at least 1")
     if options.without_avx and (options.target or options.more):
         parser.error("--without-avx builds no programs")
-    targets = ["llama"] if options.without_avx else [*(options.target or TARGETS), *options.more]
-    folder = kept_folder(without_avx=options.without_avx)
     if options.without_avx:
-        found = folder / "bin" if "llama" in kept_targets(folder) else None
+        what, targets, folder, more_options = "libraries without AVX", ["llama"], kept_folder("no-avx"), WITHOUT_AVX
+        found = find_kept(targets, folder)
     else:
+        targets = [*(options.target or TARGETS), *options.more]
+        what, folder, more_options = "own programs", kept_folder(cpu_key()), ()
         found = find_programs(targets)
-    if found is None and not options.without_avx and os.environ.get("HYBRIMOE_LLAMA_CPP_BIN"):
-        fail(
-            f"HYBRIMOE_LLAMA_CPP_BIN ({os.environ['HYBRIMOE_LLAMA_CPP_BIN']}) lacks one of {' '.join(targets)}",
-            "unset it to build them from the pinned release",
-        )
+        if found is None and (given := os.environ.get("HYBRIMOE_LLAMA_CPP_BIN")):
+            fail(
+                f"HYBRIMOE_LLAMA_CPP_BIN ({given}) lacks one of {' '.join(targets)}",
+                "unset it to build them from the pinned release",
+            )
     if found is None and options.no_build:
-        fail(f"one of {' '.join(targets)} is not built yet", "run tools/build_llama_cpp.py")
+        fail(f"one of {' '.join(targets)} is not built yet", "leave --no-build out")
     try:
         if found is None:
-            what = "libraries without AVX" if options.without_avx else "own programs"
             print(f"building llama.cpp's {what} once: about 8 minutes on 2 cores", file=sys.stderr)
-            wanted = sorted(kept_targets(folder) | set(targets))
-            build(wanted, folder, options.jobs, without_avx=options.without_avx)
+            build(sorted(kept_targets(folder) | set(targets)), folder, options.jobs, more_options)
             found = folder / "bin"
     except OSError as error:
         fail(

@@ -298,12 +298,12 @@ def _request(settings: Settings, positionals: Sequence[str]) -> tuple[BenchOptio
     from hybrimoe.config import parse_size
     from hybrimoe.expert_options import default_state_dir
     from hybrimoe.gguf_model import inspect
-    from hybrimoe.proof import prove
+    from hybrimoe.proof import kept_proofs, prove
 
     names: list[str | None] = list(positionals) or [settings.model]
     paths = [model_path(name) for name in names]
     for path in paths:
-        prove(inspect(path, header_only=True).require_moe(), default_state_dir() / "proofs")
+        prove(inspect(path, header_only=True).require_moe(), kept_proofs())
 
     def numbers(name: str, default: int) -> list[int]:
         given = settings.values[name]

@@ -198,13 +198,12 @@ def load_engine(
 def survive_loading(model: GgufModel, *, with_plugin: bool) -> None:
     """What goes before every load in a command's own process: llama.cpp has survived the header, and whatever ends the
     process from here on is explained. Raises ModelError for a header that llama.cpp dies of."""
-    from hybrimoe.expert_options import default_state_dir
     from hybrimoe.last_words import explain_ends, explain_wrong_cpu
-    from hybrimoe.proof import prove
+    from hybrimoe.proof import kept_proofs, prove
 
     if with_plugin:
         explain_wrong_cpu()
-    prove(model, default_state_dir() / "proofs")
+    prove(model, kept_proofs())
     explain_ends(model.path, with_plugin=with_plugin)
 
 

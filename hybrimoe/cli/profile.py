@@ -21,6 +21,7 @@ from hybrimoe.errors import EXIT_INTERRUPTED, HybrimoeError, UsageError, from_os
 
 if TYPE_CHECKING:
     from hybrimoe.engine import Engine
+    from hybrimoe.gguf_model import GgufModel
     from hybrimoe.profiling.run import Facts
 
 _RUN, _OUTPUT = "What to run", "Output"
@@ -87,10 +88,10 @@ def profile(settings: Settings, positionals: list[str]) -> int:
         raise UsageError(f"unexpected argument '{positionals[1]}'", "hybrimoe profile MODEL")
     texts = read_texts(None if settings.prompt_file is None else Path(settings.prompt_file))
     path = model_path(positionals[0] if positionals else settings.model)
-    inspect(path, header_only=True).require_moe()
+    model = inspect(path).require_moe()
     report, timeline = _targets(settings, path)
     with _trace_target(settings) as trace_path, stages() as update:
-        facts, about = _run(settings, path, trace_path, texts, update)
+        facts, about = _run(settings, model, trace_path, texts, update)
         stock = _stock(settings, path, update) if settings.stock and not facts.interrupted else None
         update("analysing", 0.0)
         made, pages = _analyse(trace_path, facts, {**about, "stock": stock}, report, timeline)
@@ -152,20 +153,19 @@ def _trace_target(settings: Settings) -> Iterator[Path]:
         yield Path(name) / "run.trace"
 
 
-def _run(settings: Settings, path: Path, trace: Path, texts: Any, update: Any) -> tuple[Facts, dict[str, Any]]:
+def _run(settings: Settings, model: GgufModel, trace: Path, texts: Any, update: Any) -> tuple[Facts, dict[str, Any]]:
     from hybrimoe.cli.loading import engine_options, survive_loading
     from hybrimoe.engine import Engine
-    from hybrimoe.gguf_model import inspect
     from hybrimoe.llama_log import llama_log
     from hybrimoe.profiling.run import run_texts
 
     llama_log().verbose = settings.verbose
-    survive_loading(inspect(path).require_moe(), with_plugin=True)
+    survive_loading(model, with_plugin=True)
     failures: list[str] = []
     # A profile has no flag for the plug-in.
     complete = replace(settings, values={**settings.values, "plugin": True})
     options = replace(engine_options(complete), trace=trace)
-    engine = Engine(path, options, progress=lambda s: update("loading", s), on_trace_failure=failures.append)
+    engine = Engine(model.path, options, progress=lambda s: update("loading", s), on_trace_failure=failures.append)
     with engine:
         facts = run_texts(engine, texts, settings.n_prompt, settings.n_gen, lambda s: update("profiling", s))
         about = _about(engine, facts)
