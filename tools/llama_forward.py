@@ -116,6 +116,7 @@ class Context:
         *,
         n_ctx: int = 1024,
         n_batch: int = 512,
+        n_ubatch: int | None = None,
         n_threads: int = 2,
         n_sequences: int = 1,
         op_offload: bool = False,
@@ -125,7 +126,8 @@ class Context:
 
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = n_ctx
-        params.n_batch = params.n_ubatch = n_batch
+        params.n_batch = n_batch
+        params.n_ubatch = n_ubatch or n_batch
         params.n_threads = params.n_threads_batch = n_threads
         params.n_seq_max = n_sequences
         params.op_offload = op_offload
@@ -179,6 +181,29 @@ class Context:
         import llama_cpp
 
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.handle), True)
+
+    def saved(self) -> bytes:
+        """The whole state, as `restore` takes it."""
+        import ctypes
+
+        import llama_cpp
+
+        size = llama_cpp.llama_state_get_size(self.handle)
+        buffer = (ctypes.c_uint8 * size)()
+        return bytes(buffer[: llama_cpp.llama_state_get_data(self.handle, buffer, size)])
+
+    def restore(self, state: bytes) -> None:
+        import ctypes
+
+        import llama_cpp
+
+        if (
+            llama_cpp.llama_state_set_data(
+                self.handle, (ctypes.c_uint8 * len(state)).from_buffer_copy(state), len(state)
+            )
+            == 0
+        ):
+            raise ForwardError("the state cannot be restored")
 
     def forget_from(self, position: int) -> None:
         """Forget the tokens of sequence 0 from `position` on."""

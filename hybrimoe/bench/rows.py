@@ -95,6 +95,12 @@ class Row:
     facts: Mapping[str, Any]
     samples: list[Mapping[str, Any]] = field(default_factory=list)
 
+    @property
+    def is_cache_unused(self) -> bool:
+        """Slots were there, and no step asked them for an expert: the row measured the CPU."""
+        counts = [s["experts"] for s in self.samples] if self.is_ours else []
+        return bool(counts) and counts[-1]["n_slots"] > 0 and not any(c["n_hits"] + c["n_misses"] for c in counts)
+
     def values(self) -> dict[str, Any]:
         """The machine fields, typed; what does not apply is None."""
         return make_row(self)
@@ -176,7 +182,11 @@ def _expert_values(row: Row) -> dict[str, Any]:
     queries = mean("n_hits") + mean("n_misses")
     has_slots = last["n_slots"] > 0
     return {
-        "sched_policy": row.setup.schedule if has_slots else "cpu-only",
+        "sched_policy": "cpu-only (cache not used)"
+        if row.is_cache_unused
+        else row.setup.schedule
+        if has_slots
+        else "cpu-only",
         "cache_policy": row.setup.cache_policy if has_slots else "none",
         "prefetch_policy": row.setup.prefetch if has_slots else "none",
         "n_slots": last["n_slots"],

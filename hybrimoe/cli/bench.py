@@ -376,6 +376,9 @@ def _measure(settings: Settings, options: BenchOptions, values: dict[str, Sequen
             for printer, stream in printers:
                 # Not before there is a row: an error at the start leaves nothing half-written behind.
                 _write(stream, (printer.head() if number == 0 else "") + printer.rows(rows))
+            for row in rows:
+                if row.is_cache_unused:
+                    warn(f"{row.test.name}: the expert cache was asked for and not used, the row measured the CPU")
             commits |= {str(row.facts["build_commit"]): None for row in rows}
         for printer, stream in printers:
             _write(stream, printer.foot())

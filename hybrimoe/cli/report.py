@@ -142,6 +142,12 @@ def footer(engine: Engine, answer: Answer) -> str:
     return f"{speeds.removesuffix(' ]')} | {experts} ]"
 
 
+def pause_text(pause: dict[str, Any]) -> str:
+    """One line about what is paused: `sharing is paused: ...; tried again in 3 s`."""
+    retry = f"; tried again in {pause['retry_in_s']:.0f} s" if "retry_in_s" in pause else ""
+    return f"{pause['what']} is paused: {pause['reason']}{retry}"
+
+
 def _hybrid_lines(engine: Engine, totals: dict[str, Any]) -> list[str]:
     """What accelerators did, and what the guard makes of it; nothing without accelerators."""
     queries = totals["n_hits"] + totals["n_misses"]
@@ -159,6 +165,7 @@ def _hybrid_lines(engine: Engine, totals: dict[str, Any]) -> list[str]:
             f"{device['name']}: {sum(device['n_slots'])} slots ({size_text(device['cache_bytes'])}), "
             f"{device['gpu_expert_us']:.0f} us an expert, {device['copy_expert_us']:.0f} us a copy"
         )
+    lines += [pause_text(pause) for pause in state.get("paused", ())]
     guard = state["guard"]
     lines.append(
         f"CPU {state['cpu_expert_us']:.0f} us an expert; guard {'on' if guard['on'] else 'off'}, level {guard['level']}"

@@ -121,6 +121,7 @@ class LiveSampler:
             "rates": None if before is None else _rates(before, sums, state),
             "devices": _devices(engine, state),
             "guard": state.get("guard"),
+            "paused": state.get("paused", []),
             "costs": {"cpu_expert_us": state.get("cpu_expert_us")} if state.get("devices") else None,
             "events": self._new_events(engine),
             "experts": _expert_map(engine),

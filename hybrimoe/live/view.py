@@ -152,6 +152,8 @@ def _cache(snapshot: dict[str, Any], width: int) -> list[Text]:
         costs = f"  MoE {guard['token_us'] / 1e3:.1f} ms a token, plain placement {guard['floor_us'] / 1e3:.1f} ms"
         level = guard["level"] if guard["on"] else "off"
         lines.append(_text(("guard ", "dim"), (level, "bold"), (costs if guard["token_us"] else "", "dim")))
+    for pause in snapshot.get("paused") or ():
+        lines.append(_text((f"{pause['what']} is paused: ", "bold"), (str(pause["reason"]), "")))
     return lines
 
 

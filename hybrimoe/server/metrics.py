@@ -68,6 +68,10 @@ class Metrics:
         for device in state.get("devices", ()):
             slots.add_metric([device["name"]], float(sum(device["n_slots"])))
         yield slots
+        paused = GaugeMetricFamily("hybrimoe:paused", "Not used for now, and tried again", labels=["reason"])
+        for pause in state.get("paused", ()):
+            paused.add_metric([f"{pause['what']}: {pause['reason']}"], 1.0)
+        yield paused
 
     def _requests(self) -> Iterator[Metric]:
         worker, totals = self._worker, self._worker.totals

@@ -39,6 +39,7 @@ struct fault_plan {
     int64_t scarce_from      = 0;  // from this look at free memory on there are scarce_bytes
     int64_t scarce_until     = 0;  // ... and from this one on free_bytes again; 0: for good
     int64_t scarce_bytes     = 0;
+    int64_t fail_step        = 0; // the n-th planned step fails once it has been launched
     int64_t copy_patience_us = 0; // how long a copy may take; 0: as long as usual
 };
 

@@ -12,6 +12,7 @@ import os
 import sys
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,31 @@ def logits(
             context.clear()
             run_prompt(context, random_tokens(model, length + decode), length, str(length), arrays, last_only=last_only)
         return arrays, {"steps": [n for length in prefill for n in (length, *[1] * decode)], **counted(context)}
+
+
+def shapes(model: Model, seeds: list[int], n_steps: int = 8, threads: int = 2) -> tuple[Arrays, Facts]:
+    """Sequences of steps of 1 to 40 tokens in micro-batches of 8, so that the last layer often has no rows: with logits
+    of all tokens or of the last one, from this thread or another, the state saved and restored between some of them."""
+    arrays: Arrays = {}
+    with Context(model, n_batch=64, n_ubatch=8, n_threads=threads) as context, ThreadPoolExecutor(1) as other:
+        for seed in seeds:
+            context.clear()
+            rng = np.random.default_rng(seed)
+            position = 0
+            for step in range(n_steps):
+                length = int(rng.choice([1, 1, 2, 5, 16, 17, 40]))
+                tokens = [int(t) for t in rng.integers(1, model.n_vocab, length)]
+                if rng.random() < 0.2:
+                    context.restore(context.saved())
+                options = {"last_only": bool(rng.random() < 0.7)}
+                run = other.submit if rng.random() < 0.3 else None
+                name = f"{seed}/{step}"
+                if run is not None:
+                    arrays[name] = run(context.forward, tokens, position, **options).result()
+                else:
+                    arrays[name] = context.forward(tokens, position, **options)
+                position += length
+        return arrays, counted(context)
 
 
 def greedy(model: Model, prompts: list[str], n_predict: int, threads: int = 2) -> tuple[Arrays, Facts]:
@@ -138,18 +164,25 @@ def callback(model: Model, watch: str, n_prefill: int = 7, decode: int = 2) -> t
         return arrays, {"seen": seen, "n_asked": n_asked, **counted(context)}
 
 
-def warmup(model: Model) -> tuple[Arrays, Facts]:
-    """llama.cpp's warm-up step, which runs every expert, then a plain prompt."""
+def warmup(model: Model, late: bool = False) -> tuple[Arrays, Facts]:
+    """llama.cpp's warm-up step, which runs every expert, then a plain prompt. `late`: two prompts come before it."""
     arrays: Arrays = {}
     with Context(model) as context:
         tokens = random_tokens(model, 11)
+        before: Facts = {}
+        if late:
+            for name in ("first", "second"):
+                context.clear()
+                run_prompt(context, tokens, 7, name, arrays)
+            before = counted(context)
+            context.clear()
         context.set_warmup(True)
         arrays["warmup"] = context.forward(tokens[:2], 0)
         facts = counted(context)
         context.set_warmup(False)
         context.clear()
         run_prompt(context, tokens, 7, "after", arrays)
-        return arrays, {"after_warmup": facts, **counted(context)}
+        return arrays, {"before_warmup": before, "after_warmup": facts, **counted(context)}
 
 
 def thread_counts(model: Model, counts: list[int]) -> tuple[Arrays, Facts]:
@@ -279,6 +312,7 @@ SCENARIOS: dict[str, Callable[..., tuple[Arrays, Facts]]] = {
     f.__name__: f
     for f in (
         logits,
+        shapes,
         greedy,
         forced,
         log_probs,

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <exception>
+#include <stdexcept>
 
 namespace hybrimoe {
 
@@ -12,6 +13,7 @@ namespace {
 
 constexpr int64_t passes_between_looks = 64;   // at free memory
 constexpr int64_t look_ahead_tokens    = 4;    // a bigger batch uses most experts anyway
+constexpr int64_t most_decode_tokens   = 16;   // speculation and parallel clients decode several tokens a step
 constexpr double copy_patience         = 20.0; // times the predicted time that a copy may take
 constexpr double copy_patience_us      = 1e7;  // and this much more: a first launch may compile shaders
 constexpr double least_wait_us         = 5.0;  // a shorter wait says nothing about the accelerator's time
@@ -81,6 +83,11 @@ bool hybrid_dispatch::prepare(const moe_block & block, const described_block & d
         }
     }
     last_layer_ = layer_;
+    // The last layer of a micro-batch without outputs has no rows. A warm-up step asks for every expert: it must not
+    // teach the cache.
+    if (block.n_tokens() == 0 || (phase_ == phase::ready && block.top_k() > book_.layer(layer_).top_k)) {
+        return false;
+    }
     if (has_spans()) {
         times_       = {};
         times_.begin = clock_.now_us();
@@ -92,7 +99,7 @@ bool hybrid_dispatch::prepare(const moe_block & block, const described_block & d
     pairs_.exact    = exact;
     any_rest_       = false;
     if (phase_ != phase::learning) {
-        pass_is_decode_ = pass_is_decode_ && pairs_.n_tokens == 1;
+        pass_is_decode_ = pass_is_decode_ && pairs_.n_tokens <= most_decode_tokens;
         pass_tokens_    = pairs_.n_tokens;
     }
     return true;
@@ -276,7 +283,46 @@ layer_event hybrid_dispatch::event_of(const float * scores) {
     return event;
 }
 
+bool hybrid_dispatch::is_paused() {
+    const bool was_on = pause_.is_on();
+    const bool is_on  = pause_.is_on(clock_.now_us());
+    if (was_on && !is_on) {
+        log_.add("experts are shared again");
+    }
+    return is_on;
+}
+
+void hybrid_dispatch::pause(const char * reason) {
+    pause_.begin(reason, clock_.now_us());
+    log_.add("%s: all experts on the CPU; sharing is tried again in %.0f s", reason,
+             (pause_.until_us() - pause_.since_us()) * 1e-6);
+}
+
+// Of a step that failed on its way to the accelerators: waits for what was started, since it reads this step's rows,
+// and takes back the copies that never were.
+void hybrid_dispatch::give_up_step() {
+    for (const auto & step : steps_) {
+        if (step->has_work()) {
+            step->finish(copy_patience_us);
+        }
+    }
+    if (!drain(copy_patience_us)) {
+        return; // a copy got stuck: its slot stays taken until it ends
+    }
+    while (!runtime_->in_flight().empty()) {
+        const int64_t id = runtime_->in_flight().front().id;
+        const double now = clock_.now_us();
+        if (!runtime_->on_fail(id, now).ok()) {
+            return;
+        }
+        note_copy(trace_kind::fail, id, now);
+    }
+}
+
 bool hybrid_dispatch::plan(const float * scores) {
+    if (is_paused()) {
+        return false;
+    }
     for (size_t d = 0; d < devices_.size(); d++) {
         if (is_suspended_[d] && devices_[d]->worker.wait_idle(no_wait_us)) {
             is_suspended_[d] = false;
@@ -298,10 +344,10 @@ bool hybrid_dispatch::plan(const float * scores) {
     const double now_us = clock_.now_us();
     const status done   = runtime_->on_layer(event, now_us, decision_);
     if (!done.ok()) {
-        log_.add("%s: all experts on the CPU from here on", done.message());
-        phase_ = phase::off;
+        pause(done.message());
         return false;
     }
+    pause_.on_success(now_us);
     if (is_recording()) {
         recorder_->add_layer(event, book_.max_experts(), now_us, true);
         recorder_->add_transfers(*decision_);
@@ -441,6 +487,9 @@ const uint8_t * hybrid_dispatch::route(int32_t * ids, const float * weights, con
             return nullptr;
         }
         share_out();
+        if (config_.faults.fail_step > 0 && ++n_planned_ == config_.faults.fail_step) {
+            throw std::runtime_error("a step that fails on purpose");
+        }
         routed_       = true;
         copied_bytes_ = copied_so_far();
         if (horizon_ > 0) {
@@ -459,9 +508,9 @@ const uint8_t * hybrid_dispatch::route(int32_t * ids, const float * weights, con
         times_.launch_end = route_end_us_;
         return n_gpu_ == 0 ? nullptr : take_.data();
     } catch (const std::exception & error) {
-        // Nothing may leave the team's region. What was launched is waited for in finish().
-        log_.add("%s: all experts on the CPU from here on", error.what());
-        phase_ = phase::off;
+        // Nothing may leave the team's region.
+        give_up_step();
+        pause(error.what());
         return nullptr;
     }
 }

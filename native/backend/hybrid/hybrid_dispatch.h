@@ -13,6 +13,7 @@
 #include "hybrid/layer_book.h"
 #include "hybrid/look_ahead.h"
 #include "hybrid/route_trace.h"
+#include "hybrid/sharing_pause.h"
 #include "kernel_executor.h"
 #include "settings.h"
 #include "trace_recorder.h"
@@ -127,6 +128,9 @@ private:
 
     // in a step
     void take_results();
+    bool is_paused();
+    void pause(const char * reason);
+    void give_up_step();
     layer_event event_of(const float * scores); // what the router said of the block at hand
     bool plan(const float * scores);
     const float * widened(const float * scores);
@@ -187,6 +191,8 @@ private:
     int64_t n_passes_ = 0, n_looks_ = 0;
     std::vector<bool> told_memory_, told_copy_; // per device: said once
     std::vector<bool> is_suspended_;            // per device: a copy got stuck
+    sharing_pause pause_;                       // a step failed
+    int64_t n_planned_ = 0;                     // steps that were planned, for the fault plan
 
     std::unique_ptr<trace_recorder> recorder_; // null: nothing is recorded
     std::string recorded_costs_;               // those the runtime was made with

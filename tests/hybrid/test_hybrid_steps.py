@@ -1,0 +1,81 @@
+"""Odd but legal steps are ordinary ones, and a step that fails switches nothing off for good."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hybrid_checks import ask_both, check_used, events, settings_of, total
+from sides import Side, compare
+
+from hybrimoe.engine import Engine, EngineOptions, Sampling
+from hybrimoe.expert_options import CacheSize, ExpertOptions
+
+# 25 sequences each, 200 in all.
+KINDS = [
+    ("qwen3moe", "Q4_0", None),
+    ("qwen3moe", "Q4_K", None),
+    ("mixtral", "Q8_0", None),
+    ("deepseek2-merged", "Q8_0", None),
+    ("gpt-oss", "Q8_0", "MXFP4"),
+    ("llama4", "Q4_0", None),
+    ("top1", "Q4_0", None),
+    ("nogate", "F32", None),
+]
+
+
+@pytest.mark.parametrize(("arch", "kind", "expert_type"), KINDS)
+def test_random_shapes_of_batches(
+    plain: Side, hybrid: Side, tiny_model: Callable[..., Path], arch: str, kind: str, expert_type: str | None
+) -> None:
+    """Layers without rows, batches that grow and shrink, other threads, restored states: equal to plain llama.cpp."""
+    path = tiny_model(arch, kind, expert_type)
+    options = {"seeds": list(range(25))}
+    got = hybrid.ask("shapes", path, settings=settings_of(expert_cache=2), **options)
+    difference = compare(plain.ask("shapes", path, **options), got)
+    assert difference.is_equal, difference
+    check_used(got)
+    assert got.facts["state"]["paused"] == []
+
+
+def test_a_failed_step_pauses_and_is_computed(plain: Side, hybrid: Side, tiny_model: Callable[..., Path]) -> None:
+    got, difference = ask_both(
+        plain, hybrid, tiny_model("qwen3moe", "Q4_0"), settings_of(expert_cache=3, faults={"fail_step": 9}), decode=12
+    )
+    assert difference.is_equal, difference
+    assert got.facts["state"]["phase"] == "ready"
+    (pause,) = got.facts["state"]["paused"]
+    assert pause["what"] == "sharing" and pause["reason"] == "a step that fails on purpose"
+    assert 0 < pause["retry_in_s"] <= 1
+    assert len(events(got, "tried again")) == 1
+    assert total(got, "n_hits") > 0
+
+
+def test_warmup_teaches_nothing(plain: Side, hybrid: Side, tiny_model: Callable[..., Path]) -> None:
+    """A warm-up step asks for every expert; once the layers are known it is not planned."""
+    path = tiny_model("qwen3moe", "Q4_0")
+    got = hybrid.ask("warmup", path, settings=settings_of(expert_cache=3), late=True)
+    assert compare(plain.ask("warmup", path, late=True), got).is_equal
+    check_used(got)
+    before, after = got.facts["before_warmup"], got.facts["after_warmup"]
+    assert before["state"]["stats"]["n_events"] == after["state"]["stats"]["n_events"] > 0
+    assert before["residency"] == after["residency"]
+    assert got.facts["state"]["stats"]["n_events"] > after["state"]["stats"]["n_events"]
+
+
+@pytest.mark.parametrize("n_prompt", [40, 300])
+def test_prompts_longer_than_a_micro_batch_keep_the_cache(tiny_model: Callable[..., Path], n_prompt: int) -> None:
+    """Of such a prompt the last layer has rows in the last micro-batch only."""
+    experts = ExpertOptions(devices=("CPU",), cache=CacheSize(n_slots=3), guard=False, live_costs=False)
+    options = EngineOptions(n_ctx=1024, n_threads=1, n_batch=512, n_ubatch=16, experts=experts)
+    with Engine(tiny_model("qwen3moe", "Q4_0"), options) as engine:
+        hits = 0
+        for turn in range(3):
+            prompt = [1 + (7 * i + turn) % 200 for i in range(n_prompt)]
+            "".join(engine.answer(prompt, Sampling(temp=0), 8))
+            now = sum(layer.n_hits for layer in engine.counters())
+            assert now > hits, f"answer {turn} asked no accelerator"
+            assert all(layer.n_experts_gpu > 0 for layer in engine.counters())
+            hits = now
+        assert engine.expert_state()["phase"] == "ready" and engine.expert_state()["paused"] == []
