@@ -265,7 +265,7 @@ def _resolve_one(
         if option.is_switch:
             # llama.cpp: the variable with NO_ switches off, whatever its value.
             negative = option.environment.replace("LLAMA_ARG_", "LLAMA_ARG_NO_")
-            if negative in sources.environment:
+            if negative != option.environment and negative in sources.environment:
                 return False, f"environment {negative}"
         if text := sources.environment.get(option.environment):
             return option.value(text, option.environment), f"environment {option.environment}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,28 @@ if TYPE_CHECKING:
     from hybrimoe.gguf_model import GgufModel
 
 GIB = 1 << 30
+
+
+# What a fixed placement leaves nothing to do: field, and the flag that sets it.
+UNUSED_WHEN_REPRODUCIBLE = {
+    "cache_policy": "--cache-policy",
+    "schedule": "--schedule",
+    "prefetch": "--prefetch",
+    "admission": "--admission",
+    "guard": "--guard",
+    "live_costs": "live_costs",
+    "calibration": "--calibration",
+    "costs": "costs",
+    "state_dir": "--keep-residency",
+}
+
+
+def not_with_reproducible(reproducible: str, other: str) -> UsageError:
+    """The error for an option that has no effect with `--reproducible`; both as the user knows them."""
+    return UsageError(
+        f"{reproducible} and {other} exclude each other: a fixed placement leaves {other.split()[0]} nothing to decide",
+        "leave one of them out (docs/reproducibility.md)",
+    )
 
 
 @dataclass(frozen=True)
@@ -72,8 +94,9 @@ class ExpertOptions:
     `calibration` is a file of `hybrimoe probe`, `costs` is a calibration's cost section that was read already (see
     starting_costs.py); without both, costs are measured when the model starts. `state_dir` is where residency is kept
     from one run to the next; None: nowhere. `pin_threads` are processors for the CPU threads, of which the first stays
-    free; empty: none is pinned. The first `n_cpu_layers` layers have no slots. `extra` are further keys of
-    `hybrimoe_configure`.
+    free; empty: none is pinned. The first `n_cpu_layers` layers have no slots. `reproducible` keeps whole layers where
+    set-up put them (docs/reproducibility.md) and leaves nothing to policies, guard, costs and kept residency. `extra`
+    are further keys of `hybrimoe_configure`.
     """
 
     cache: CacheSize = CacheSize()
@@ -91,15 +114,20 @@ class ExpertOptions:
     costs: Mapping[str, Any] | None = None
     state_dir: Path | None = None
     n_cpu_layers: int = 0
+    reproducible: bool = False
     extra: Mapping[str, Any] | None = None
 
     def settings(self, model: GgufModel, n_batch: int, known_devices: Sequence[str]) -> dict[str, Any]:
-        """All keys of `hybrimoe_configure`. Raises UsageError for unknown devices, policies and parameters."""
+        """All keys of `hybrimoe_configure`.
+
+        Raises UsageError for unknown devices, policies and parameters, and for what `reproducible` has no use for.
+        """
         for name in self.devices or ():
             if name not in known_devices:
                 known = ", ".join(known_devices)
                 raise UsageError(f"--device: there is no device '{name}'", f"ggml has: {known}")
         self._check_policies()
+        self._check_reproducible()
         return {
             "devices": "auto" if self.devices is None else list(self.devices),
             "expert_cache": self.cache.setting(),
@@ -110,6 +138,7 @@ class ExpertOptions:
             "admission": self.admission,
             "guard": self.guard,
             "live_costs": self.live_costs,
+            "reproducible": self.reproducible,
             "costs": self._costs(model),
             "max_batch_tokens": n_batch,
             "state_path": str(self._state_path(model)) if self.state_dir is not None else "",
@@ -131,6 +160,14 @@ class ExpertOptions:
                 check_policy(flag, text)
             except ValueError as error:
                 raise UsageError(f"{flag}: {error}", "docs/policies.md lists them") from None
+
+    def _check_reproducible(self) -> None:
+        if not self.reproducible:
+            return
+        for one in fields(self):
+            if one.name in UNUSED_WHEN_REPRODUCIBLE and getattr(self, one.name) != one.default:
+                flag = UNUSED_WHEN_REPRODUCIBLE[one.name]
+                raise not_with_reproducible("--reproducible", flag)
 
     def _costs(self, model: GgufModel) -> dict[str, Any] | None:
         if self.costs is not None or self.calibration is None:

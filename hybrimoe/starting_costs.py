@@ -36,12 +36,13 @@ def starting_costs(
 ) -> StartingCosts:
     """The costs of the accelerators that `options` choose.
 
-    Without accelerators, and for a CPU as a stand-in, the plug-in measures for itself when the model starts. Raises
-    CalibrationError for a calibration that was named and cannot be used, PluginError for a backend module.
+    Without accelerators, and for a CPU as a stand-in, the plug-in measures for itself when the model starts; with
+    `reproducible` nothing reads costs. Raises CalibrationError for a calibration that was named and cannot be used,
+    PluginError for a backend module.
     """
     experts = options.experts
     chosen = _accelerators(options)
-    if experts.costs is not None or not chosen:
+    if experts.costs is not None or experts.reproducible or not chosen:
         return StartingCosts(experts)
     from hybrimoe import calibration
 

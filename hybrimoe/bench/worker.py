@@ -44,6 +44,7 @@ class WorkerOptions:
     calibration: str | None = None
     pin_experts: bool = False
     state_dir: str | None = None
+    reproducible: bool = False
     trace: str | None = None
     verbose: bool = False
 
@@ -85,6 +86,7 @@ def engine_options(options: WorkerOptions) -> EngineOptions:
             pin_experts=options.pin_experts,
             calibration=None if options.calibration is None else Path(options.calibration),
             state_dir=None if options.state_dir is None else Path(options.state_dir),
+            reproducible=options.reproducible,
         ),
         trace=None if options.trace is None else Path(options.trace),
     )

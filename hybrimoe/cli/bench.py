@@ -183,6 +183,7 @@ BENCH_OPTIONS: tuple[Option, ...] = (
     *(_EXPERTS[key] for key in ("guard", "fit-target", "calibration", "pin-experts")),
     # Off: what an earlier run left behind shall not decide a measurement.
     replace(_EXPERTS["keep-residency"], default=False, in_file=False),
+    _EXPERTS["reproducible"],
     _plain(
         ("-o", "--output"),
         f"Format on stdout: {', '.join(FORMATS)}.",
@@ -325,7 +326,8 @@ def _request(settings: Settings, positionals: Sequence[str]) -> tuple[BenchOptio
         fit_margin_bytes=parse_size(settings.fit_target),
         calibration=settings.calibration,
         pin_experts=settings.pin_experts,
-        state_dir=str(default_state_dir()) if settings.keep_residency else None,
+        state_dir=str(default_state_dir()) if settings.keep_residency and not settings.reproducible else None,
+        reproducible=settings.reproducible,
         trace=settings.trace,
         verbose=settings.verbose,
     )

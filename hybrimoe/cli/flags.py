@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from hybrimoe.config import (
     Option,
+    Settings,
     choice,
     cpu_range,
     flash_attention,
@@ -20,7 +21,7 @@ from hybrimoe.config import (
     parse_size,
     seed,
 )
-from hybrimoe.expert_options import CacheSize, check_policy
+from hybrimoe.expert_options import UNUSED_WHEN_REPRODUCIBLE, CacheSize, check_policy, not_with_reproducible
 
 _KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 
@@ -281,6 +282,15 @@ EXPERT_OPTIONS: tuple[Option, ...] = (
         no_flags=("--no-keep-residency",),
         section=EXPERTS,
     ),
+    Option(
+        ("--reproducible",),
+        "Same bits every time: whole layers placed once, no copies, no policies (docs/reproducibility.md).",
+        False,
+        None,
+        environment="HYBRIMOE_REPRODUCIBLE",
+        no_flags=("--no-reproducible",),
+        section=EXPERTS,
+    ),
 )
 
 SAMPLING_OPTIONS: tuple[Option, ...] = (
@@ -538,3 +548,27 @@ SERVE_COMMAND_OPTIONS = (
     *DRY_RUN_OPTIONS,
 )
 ALL_OPTIONS: tuple[Option, ...] = RUN_COMMAND_OPTIONS + SERVER_OPTIONS
+
+
+def check_reproducible(settings: Settings) -> None:
+    """Raises UsageError where `--reproducible` stands beside a setting that it leaves nothing to decide.
+
+    A default that a file or a variable repeats contradicts nothing: what --print-config prints is a config file.
+    """
+    if not settings.values.get("reproducible", False):
+        return
+    unused = UNUSED_WHEN_REPRODUCIBLE.values()
+    for option in settings.options:
+        flag = f"--{option.key}"
+        if flag not in unused:
+            continue
+        value, by_flag = settings.values[option.name], settings.sources[option.name] == "flag"
+        if by_flag and value is not False or not option.is_switch and value != option.default:
+            raise not_with_reproducible(_as_given(settings, "reproducible"), _as_given(settings, option.name))
+
+
+def _as_given(settings: Settings, name: str) -> str:
+    """The flag, with where it comes from unless it was typed."""
+    source = settings.sources[name]
+    flag = f"--{name.replace('_', '-')}"
+    return flag if source == "flag" else f"{flag} ({source})"

@@ -113,7 +113,8 @@ def expert_options(settings: Settings) -> ExpertOptions:
         fit_margin_bytes=parse_size(settings.fit_target),
         pin_experts=settings.pin_experts,
         calibration=None if settings.calibration is None else Path(settings.calibration),
-        state_dir=default_state_dir() if settings.keep_residency else None,
+        state_dir=default_state_dir() if settings.keep_residency and not settings.reproducible else None,
+        reproducible=settings.reproducible,
     )
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from hybrimoe import config
-from hybrimoe.cli.flags import ALL_OPTIONS
+from hybrimoe.cli.flags import ALL_OPTIONS, check_reproducible
 from hybrimoe.config import Option, Settings
 from hybrimoe.errors import EXIT_INTERRUPTED, EXIT_OK, UsageError
 
@@ -73,6 +73,7 @@ def command(
 
             flags["model"] = str(model_from_hub(hf_repo, header_only=name == "plan" or bool(flags.get("dry_run"))))
         settings = config.resolve(options, flags, known=ALL_OPTIONS)
+        check_reproducible(settings)
         if print_config:
             print(settings.describe())
             return

@@ -233,6 +233,7 @@ def _about(engine: Engine, facts: Facts) -> dict[str, Any]:
             "prefetch": experts.prefetch,
             "admission": experts.admission,
             "guard": experts.guard,
+            "reproducible": experts.reproducible,
             "cpu_kernels": os.environ.get("HYBRIMOE_CPU", "auto"),
         },
         "devices": devices,

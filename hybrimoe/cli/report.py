@@ -152,8 +152,12 @@ def _hybrid_lines(engine: Engine, totals: dict[str, Any]) -> list[str]:
     """What accelerators did, and what the guard makes of it; nothing without accelerators."""
     queries = totals["n_hits"] + totals["n_misses"]
     state = engine.expert_state()
+    fixed = []
+    if state["reproducible"]["on"]:
+        held = "as placed at the start" if state["reproducible"]["holds"] else "NO LONGER: see the messages on stderr"
+        fixed = [f"reproducible: {held}"]
     if not queries or not state.get("devices"):
-        return []
+        return fixed
     lines = [
         f"expert cache {totals['n_hits'] / queries:.0%} hits, {totals['n_late']} late, "
         f"{totals['n_evictions']} evictions, {totals['n_copies']} copies ({totals['n_prefetched']} prefetched), "
@@ -161,11 +165,13 @@ def _hybrid_lines(engine: Engine, totals: dict[str, Any]) -> list[str]:
         f"planning {totals['plan_us'] / 1000:.1f} ms, waiting for accelerators {totals['wait_us'] / 1000:.1f} ms",
     ]
     for device in state["devices"]:
-        lines.append(
-            f"{device['name']}: {sum(device['n_slots'])} slots ({size_text(device['cache_bytes'])}), "
-            f"{device['gpu_expert_us']:.0f} us an expert, {device['copy_expert_us']:.0f} us a copy"
-        )
+        line = f"{device['name']}: {sum(device['n_slots'])} slots ({size_text(device['cache_bytes'])})"
+        if "gpu_expert_us" in device:
+            line += f", {device['gpu_expert_us']:.0f} us an expert, {device['copy_expert_us']:.0f} us a copy"
+        lines.append(line)
     lines += [pause_text(pause) for pause in state.get("paused", ())]
+    if fixed:
+        return lines + fixed
     guard = state["guard"]
     lines.append(
         f"CPU {state['cpu_expert_us']:.0f} us an expert; guard {'on' if guard['on'] else 'off'}, level {guard['level']}"

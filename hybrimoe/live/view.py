@@ -147,8 +147,11 @@ def _cache(snapshot: dict[str, Any], width: int) -> list[Text]:
                 (suspended, "red"),
             )
         )
-    guard = snapshot["guard"]
-    if guard:
+    guard, fixed = snapshot["guard"], snapshot.get("reproducible") or {}
+    if fixed.get("on"):
+        word = ("yes", "bold") if fixed["holds"] else ("no longer", "red")
+        lines.append(_text(("reproducible ", "dim"), word))
+    elif guard:
         costs = f"  MoE {guard['token_us'] / 1e3:.1f} ms a token, plain placement {guard['floor_us'] / 1e3:.1f} ms"
         level = guard["level"] if guard["on"] else "off"
         lines.append(_text(("guard ", "dim"), (level, "bold"), (costs if guard["token_us"] else "", "dim")))

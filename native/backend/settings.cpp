@@ -198,6 +198,8 @@ const key_reader readers[] = {
      [](const std::string & key, const json_value & value, settings & out) { out.guard = read_bool(key, value); }},
     {"live_costs",
      [](const std::string & key, const json_value & value, settings & out) { out.live_costs = read_bool(key, value); }},
+    {"reproducible", [](const std::string & key, const json_value & value,
+                        settings & out) { out.reproducible = read_bool(key, value); }},
     {"costs", parse_costs},
     {"max_batch_tokens", [](const std::string & key, const json_value & value,
                             settings & out) { out.max_batch_tokens = read_count(key, value, 1); }},
@@ -280,6 +282,23 @@ settings parse_settings(const std::string & json, settings base) {
         reader->read(key, value, base);
     }
     return base;
+}
+
+settings in_force(settings given) {
+    if (!given.reproducible) {
+        return given;
+    }
+    given.cache_policy = "static";
+    given.schedule     = "cpu-only"; // reads no costs: who holds an expert computes it
+    given.prefetch     = "none";
+    given.admission    = "always"; // never asked: the set-up forbids admissions, and this one keeps no books
+    given.guard        = false;
+    given.live_costs   = false;
+    given.state_path.clear();
+    given.costs_json.clear();
+    given.simple          = simple_costs();
+    given.simple->copy_us = 1.0; // a link must have a rate
+    return given;
 }
 
 settings current_settings() {

@@ -57,6 +57,7 @@ struct settings {
     std::string admission    = "pays";
     bool guard               = true;
     bool live_costs          = true;
+    bool reproducible        = false; // nothing follows timings, earlier runs or free memory (see in_force)
     std::optional<simple_costs> simple;
     std::string costs_json;            // cost section of a calibration; empty: measured at the start
     int64_t n_cpu_layers     = 0;      // the first layers (llama.cpp's indices) that have no slots
@@ -75,6 +76,10 @@ struct settings {
 
 // Parses one JSON object over `base`. Throws std::invalid_argument naming the key and the values it may have.
 settings parse_settings(const std::string & json, settings base);
+
+// What holds of `given`. With `reproducible`: experts stay where set-up put them, and policies, guard, live costs, kept
+// residency and costs of any kind have no say, whatever their keys hold.
+settings in_force(settings given);
 
 // The process-wide settings that new instances copy; the environment gives the defaults: HYBRIMOE_CONFIG (a JSON
 // object) and HYBRIMOE_CPU.

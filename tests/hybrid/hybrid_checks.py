@@ -24,6 +24,7 @@ _SETTINGS: dict[str, Any] = {
     "admission": "always",
     "guard": False,
     "live_costs": False,
+    "reproducible": False,
     "costs": FORCED,
     "max_batch_tokens": 512,
     "route_trace": "",

@@ -233,8 +233,11 @@ function showDevices(s) {
   }
   $("devices").replaceChildren(...parts);
   const g = s.guard;
+  const fixed = s.reproducible;
   $("guard").textContent = !g
     ? ""
+    : fixed && fixed.on
+    ? `reproducible: ${fixed.holds ? "yes" : "no longer"}`
     : `guard ${g.on ? g.level : "off"}` + (g.token_us ? `: MoE ${(g.token_us / 1e3).toFixed(1)} ms a token, plain placement ${(g.floor_us / 1e3).toFixed(1)} ms` : "");
 }
 

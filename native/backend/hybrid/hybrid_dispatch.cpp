@@ -24,7 +24,8 @@ constexpr int32_t nowhere              = -2; // of an expert whose accelerator d
 
 hybrid_dispatch::hybrid_dispatch(const settings & config, std::shared_ptr<counters> data, cpu_timer & timer,
                                  const kernels::kernel_set * kernels)
-    : config_(config), counters_(std::move(data)), timer_(timer), kernels_(kernels), log_(config.log_to_stderr) {
+    : config_(in_force(config)), counters_(std::move(data)), timer_(timer), kernels_(kernels),
+      log_(config.log_to_stderr) {
     if (config_.trace_bytes > 0) {
         recorder_ = std::make_unique<trace_recorder>(static_cast<size_t>(config_.trace_bytes), config_.trace_scores,
                                                      config_.trace_spans);
@@ -294,6 +295,7 @@ bool hybrid_dispatch::is_paused() {
 
 void hybrid_dispatch::pause(const char * reason) {
     pause_.begin(reason, clock_.now_us());
+    not_reproducible("a step failed");
     log_.add("%s: all experts on the CPU; sharing is tried again in %.0f s", reason,
              (pause_.until_us() - pause_.since_us()) * 1e-6);
 }
@@ -555,6 +557,7 @@ void hybrid_dispatch::find_rest() {
                 continue;
             }
             any_rest_ = true;
+            not_reproducible("an accelerator could not compute its experts");
             n_gpu_--;
             n_cpu_++;
             where_[static_cast<size_t>(item.expert)] = nowhere;

@@ -93,6 +93,12 @@ private:
     bool may_cache(const accelerator & device, int layer) const;
     void size_caches(std::vector<std::vector<int>> & slots);
     std::vector<int> slots_for_budget(const accelerator & device, double budget) const;
+    std::vector<std::vector<int>> fixed_slots(const std::vector<double> & free) const;
+    std::vector<int> whole_layers(double budget, const std::vector<bool> & may_take) const;
+    double whole_layer_bytes() const;
+    void check_fixed_placement();
+    void announce_fixed_placement() const;
+    void not_reproducible(const char * why);
     void allocate_slots(std::vector<std::vector<int>> & slots);
     bool make_costs(cost_model & out);
     status make_runtime(const cost_model & costs, const std::vector<std::vector<int>> & slots);
@@ -163,6 +169,7 @@ private:
     look_ahead_routers routers_;
     route_trace trace_;
     guard guard_;
+    bool is_reproducible_ = true;                // with the setting: so far every expert was computed where it belongs
     std::vector<std::vector<int>> wanted_slots_; // [device][layer]: after set-up, before memory became scarce
     std::vector<double> shrink_;                 // per device: share of the wanted slots that it has now
 

@@ -45,7 +45,7 @@ std::string hybrid_dispatch::describe_state() const {
         one["copied_bytes"] = device.worker.n_bytes_copied();
         one["copy_busy_us"] = device.worker.busy_us();
         one["suspended"]    = static_cast<bool>(is_suspended_[d]);
-        if (runtime_ != nullptr) {
+        if (runtime_ != nullptr && !config_.reproducible) {
             const int index       = static_cast<int>(d);
             one["gpu_expert_us"]  = costs_.t_gpu(0, index, 1);
             one["copy_expert_us"] = costs_.t_copy(index, costs_.of_layer(0).bytes);
@@ -88,6 +88,13 @@ std::string hybrid_dispatch::describe_state() const {
                 {{"distance", d}, {"n_wanted", routers_.n_predicted(d)}, {"n_right", routers_.n_right(d)}});
         }
         out["look_ahead"] = recall;
+    }
+    // Whether it was asked for, and whether it has held.
+    out["reproducible"] = {{"on", config_.reproducible}, {"holds", config_.reproducible && is_reproducible_}};
+    if (config_.reproducible) { // no costs are known
+        for (const char * key : {"cpu_expert_us", "cpu_first_us", "dram_bytes_per_us"}) {
+            out.erase(key);
+        }
     }
     return out.dump();
 }

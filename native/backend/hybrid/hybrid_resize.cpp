@@ -78,6 +78,9 @@ void hybrid_dispatch::fill_layers(int device) {
 }
 
 void hybrid_dispatch::watch_memory() {
+    if (config_.reproducible) {
+        return;
+    }
     const auto margin         = static_cast<double>(config_.fit_margin_bytes);
     const fault_plan & faults = config_.faults;
     n_looks_++;
@@ -126,20 +129,16 @@ std::vector<int> hybrid_dispatch::static_slots(size_t device) const {
         budget += static_cast<double>(book_.layer(layer).layout.expert_bytes()) *
                   static_cast<double>(wanted_slots_[device][static_cast<size_t>(layer)]) * shrink_[device];
     }
-    std::vector<int> slots(static_cast<size_t>(book_.n_layers()), 0);
+    std::vector<bool> may_take(static_cast<size_t>(book_.n_layers()), false);
     for (int layer = 0; layer < book_.n_layers(); layer++) {
-        const expert_layout & layout = book_.layer(layer).layout;
-        const double bytes           = static_cast<double>(layout.expert_bytes()) * layout.n_expert;
-        bool is_taken                = wanted_slots_[device][static_cast<size_t>(layer)] == 0;
+        bool is_free = wanted_slots_[device][static_cast<size_t>(layer)] > 0;
         for (size_t other = 0; other < device; other++) {
-            is_taken = is_taken || devices_[other]->slots[static_cast<size_t>(layer)].n_slots() == layout.n_expert;
+            is_free = is_free && devices_[other]->slots[static_cast<size_t>(layer)].n_slots() !=
+                                     book_.layer(layer).layout.n_expert;
         }
-        if (!is_taken && bytes <= budget) {
-            slots[static_cast<size_t>(layer)] = layout.n_expert;
-            budget -= bytes;
-        }
+        may_take[static_cast<size_t>(layer)] = is_free;
     }
-    return slots;
+    return whole_layers(budget, may_take);
 }
 
 } // namespace hybrimoe

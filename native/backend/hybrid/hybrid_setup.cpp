@@ -44,12 +44,14 @@ bool hybrid_dispatch::open_devices() {
             }
             if (!made->compute.reserve(layouts, book_.max_top_k())) {
                 log_.add("%s has no memory left: all experts on the CPU", made->port.name().c_str());
+                not_reproducible("an accelerator cannot be used");
                 continue;
             }
             devices_.push_back(std::move(made));
         }
     } catch (const std::exception & error) {
         log_.add("no accelerator: %s", error.what());
+        not_reproducible("an accelerator cannot be used");
         devices_.clear();
     }
     for (auto & device : devices_) {
@@ -103,6 +105,10 @@ void hybrid_dispatch::size_caches(std::vector<std::vector<int>> & slots) {
         }
         free.push_back(std::max(0.0, static_cast<double>(device->port.free_bytes()) - work));
     }
+    if (config_.reproducible) {
+        slots = fixed_slots(free);
+        return;
+    }
     const double all_free = std::accumulate(free.begin(), free.end(), 0.0);
     slots.clear();
     for (size_t d = 0; d < devices_.size(); d++) {
@@ -148,12 +154,15 @@ void hybrid_dispatch::allocate_slots(std::vector<std::vector<int>> & slots) {
             n       = std::min(n, most);
             while (n > 0 &&
                    !device.slots[static_cast<size_t>(layer)].allocate(device.port, book_.layer(layer).layout, n)) {
-                n    = n / 2;
+                n    = config_.reproducible ? 0 : n / 2; // half a layer is no fixed placement
                 most = n;
                 if (!told) {
                     log_.add("%s ran out of memory while slots were made: fewer experts are cached",
                              device.port.name().c_str());
                     told = true;
+                    if (config_.expert_cache.is != expert_cache_size::kind::automatic) {
+                        not_reproducible("memory does not hold the expert cache that was asked for");
+                    }
                 }
             }
         }
@@ -161,7 +170,8 @@ void hybrid_dispatch::allocate_slots(std::vector<std::vector<int>> & slots) {
         for (const int n : slots[d]) {
             has_any = has_any || n > 0;
         }
-        for (int cls = 0; has_any && cls < book_.n_classes(); cls++) {
+        // Nothing is streamed where nothing is copied.
+        for (int cls = 0; has_any && !config_.reproducible && cls < book_.n_classes(); cls++) {
             const expert_layout & layout = book_.of_class(cls).layout;
             if (device_compute::supports(device.port, layout) &&
                 !device.scratch[static_cast<size_t>(cls)].allocate(device.port, layout, n_scratch_slots)) {
@@ -232,6 +242,9 @@ void hybrid_dispatch::set_up() {
         }
     }
     if (book_.n_layers() == 0 || config_.expert_cache.is_off() || !open_devices()) {
+        if (config_.reproducible) {
+            log_.add("reproducible: all experts on the CPU");
+        }
         return;
     }
     std::vector<std::vector<int>> slots;
@@ -250,7 +263,8 @@ void hybrid_dispatch::set_up() {
         }
     }
     if (cached == 0.0) {
-        log_.add("no memory on the accelerator is free for experts: all of them on the CPU");
+        log_.add(config_.reproducible ? "reproducible: the expert cache holds no whole layer: all experts on the CPU"
+                                      : "no memory on the accelerator is free for experts: all of them on the CPU");
         devices_.clear();
         steps_.clear();
         return;
@@ -275,6 +289,11 @@ void hybrid_dispatch::set_up() {
         pin_experts();
     }
     fill_caches();
+    if (config_.reproducible) {
+        runtime_->set_limits({false, false, false});
+        note(trace_kind::limits);
+        check_fixed_placement();
+    }
     if (horizon_ > 0) {
         routers_.load(book_);
     }
@@ -379,6 +398,10 @@ void hybrid_dispatch::settle_fills() {
 }
 
 void hybrid_dispatch::announce() const {
+    if (config_.reproducible) {
+        announce_fixed_placement();
+        return;
+    }
     for (size_t d = 0; d < devices_.size(); d++) {
         const accelerator & device = *devices_[d];
         double bytes               = 0.0;
