@@ -563,7 +563,7 @@ def check_reproducible(settings: Settings) -> None:
         if flag not in unused:
             continue
         value, by_flag = settings.values[option.name], settings.sources[option.name] == "flag"
-        if by_flag and value is not False or not option.is_switch and value != option.default:
+        if (by_flag and value is not False) or (not option.is_switch and value != option.default):
             raise not_with_reproducible(_as_given(settings, "reproducible"), _as_given(settings, option.name))
 
 
