@@ -139,7 +139,9 @@ void hybrid_dispatch::on_pass_end() {
         return;
     }
     guard_change change;
-    if (config_.guard && pass_is_decode_ && pass_us_ > 0.0 && guard_.on_token(pass_us_, floor_us(), change)) {
+    // The floor is that of one token, and a pass without the accelerators says nothing about sharing.
+    const bool is_judged = pass_is_decode_ && pass_tokens_ == 1 && pass_us_ > 0.0 && !pause_.is_on();
+    if (config_.guard && is_judged && guard_.on_token(pass_us_, floor_us(), change)) {
         apply_guard(change);
     }
     if (!pass_is_decode_ && !was_prompt_) {
