@@ -30,8 +30,11 @@ def keep_to_range(text: str) -> None:
 
 
 def with_best_threads(options: EngineOptions, model: GgufModel) -> EngineOptions:
-    """Thread counts from the kept calibration where none were given; without one that holds here, as they are."""
-    if options.n_threads is not None:
+    """Thread counts from the kept calibration where none were given; without one that holds here, as they are.
+
+    With `reproducible` they do not follow a calibration: the bits of an answer depend on them, and a probe renews it.
+    """
+    if options.n_threads is not None or options.experts.reproducible:
         return options
     from hybrimoe import calibration
 

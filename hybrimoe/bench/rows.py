@@ -181,12 +181,11 @@ def _expert_values(row: Row) -> dict[str, Any]:
     last: Mapping[str, Any] = row.samples[-1]["experts"]
     queries = mean("n_hits") + mean("n_misses")
     has_slots = last["n_slots"] > 0
+    schedule = row.setup.schedule if has_slots else "cpu-only"
+    if row.is_cache_unused:
+        schedule = "cpu-only (cache not used)"
     return {
-        "sched_policy": "cpu-only (cache not used)"
-        if row.is_cache_unused
-        else row.setup.schedule
-        if has_slots
-        else "cpu-only",
+        "sched_policy": schedule,
         "cache_policy": row.setup.cache_policy if has_slots else "none",
         "prefetch_policy": row.setup.prefetch if has_slots else "none",
         "n_slots": last["n_slots"],

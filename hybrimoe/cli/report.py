@@ -153,8 +153,9 @@ def _hybrid_lines(engine: Engine, totals: dict[str, Any]) -> list[str]:
     queries = totals["n_hits"] + totals["n_misses"]
     state = engine.expert_state()
     fixed = []
-    if state["reproducible"]["on"]:
-        held = "as placed at the start" if state["reproducible"]["holds"] else "NO LONGER: see the messages on stderr"
+    reproducible = state["reproducible"]
+    if reproducible["on"]:
+        held = "as placed at the start" if reproducible["holds"] else "NO LONGER: see the messages on stderr"
         fixed = [f"reproducible: {held}"]
     if not queries or not state.get("devices"):
         return fixed
@@ -169,7 +170,7 @@ def _hybrid_lines(engine: Engine, totals: dict[str, Any]) -> list[str]:
         if "gpu_expert_us" in device:
             line += f", {device['gpu_expert_us']:.0f} us an expert, {device['copy_expert_us']:.0f} us a copy"
         lines.append(line)
-    lines += [pause_text(pause) for pause in state.get("paused", ())]
+    lines += [pause_text(pause) for pause in state["paused"]]
     if fixed:
         return lines + fixed
     guard = state["guard"]

@@ -69,8 +69,8 @@ class Metrics:
             slots.add_metric([device["name"]], float(sum(device["n_slots"])))
         yield slots
         paused = GaugeMetricFamily("hybrimoe:paused", "Not used for now, and tried again", labels=["reason"])
-        for pause in state.get("paused", ()):
-            paused.add_metric([f"{pause['what']}: {pause['reason']}"], 1.0)
+        for kind in sorted({pause["kind"] for pause in state.get("paused", ())}):
+            paused.add_metric([kind], 1.0)
         yield paused
 
     def _requests(self) -> Iterator[Metric]:

@@ -14,6 +14,7 @@ from hybrimoe.calibration import Calibration, CalibrationError
 from hybrimoe.cpu_threads import keep_to_range, pinned, with_best_threads
 from hybrimoe.engine import Engine, EngineOptions
 from hybrimoe.errors import UsageError
+from hybrimoe.expert_options import ExpertOptions
 from hybrimoe.gguf_model import GgufModel, inspect
 from hybrimoe.placement import Placement
 
@@ -58,6 +59,8 @@ def test_a_calibration_chooses_where_nothing_was_given(model: GgufModel, monkeyp
     assert with_best_threads(EngineOptions(), model).threads() == (2, 8)
     assert with_best_threads(EngineOptions(n_threads_batch=5), model).threads() == (2, 5)
     assert with_best_threads(EngineOptions(n_threads=3), model).threads() == (3, 3)
+    fixed = EngineOptions(experts=ExpertOptions(reproducible=True))  # its bits must not follow a probe
+    assert with_best_threads(fixed, model) == fixed
     # Measured when the process might use more processors than now.
     monkeypatch.setattr(machine, "n_logical_cpus", lambda: 4)
     assert with_best_threads(EngineOptions(), model).threads() == (2, 4)

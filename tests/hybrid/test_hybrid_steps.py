@@ -9,6 +9,7 @@ import pytest
 from hybrid_checks import ask_both, check_used, events, settings_of, total
 from sides import Side, compare
 
+from hybrimoe.cli.report import stats_text
 from hybrimoe.engine import Engine, EngineOptions, Sampling
 from hybrimoe.expert_options import CacheSize, ExpertOptions
 
@@ -46,10 +47,26 @@ def test_a_failed_step_pauses_and_is_computed(plain: Side, hybrid: Side, tiny_mo
     assert difference.is_equal, difference
     assert got.facts["state"]["phase"] == "ready"
     (pause,) = got.facts["state"]["paused"]
-    assert pause["what"] == "sharing" and pause["reason"] == "a step that fails on purpose"
+    assert (
+        pause["kind"] == "failed-step"
+        and pause["what"] == "sharing"
+        and pause["reason"] == "a step that fails on purpose"
+    )
     assert 0 < pause["retry_in_s"] <= 1
     assert len(events(got, "tried again")) == 1
     assert total(got, "n_hits") > 0
+
+
+def test_stats_name_the_pause(tiny_model: Callable[..., Path]) -> None:
+    experts = ExpertOptions(
+        devices=("CPU",), cache=CacheSize(n_slots=3), guard=False, live_costs=False, extra={"faults": {"fail_step": 9}}
+    )
+    with Engine(tiny_model("qwen3moe", "Q4_0"), EngineOptions(n_ctx=256, n_threads=1, experts=experts)) as engine:
+        "".join(engine.answer([5, 6, 7], Sampling(temp=0), 12))
+        lines = stats_text(engine).splitlines()
+    assert [
+        line for line in lines if line.startswith("sharing is paused: a step that fails on purpose; tried again in")
+    ]
 
 
 def test_warmup_teaches_nothing(plain: Side, hybrid: Side, tiny_model: Callable[..., Path]) -> None:

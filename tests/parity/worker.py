@@ -7,6 +7,7 @@ Random token ids are used, so any vocabulary will do.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -77,13 +78,8 @@ def shapes(model: Model, seeds: list[int], n_steps: int = 8, threads: int = 2) -
                 tokens = [int(t) for t in rng.integers(1, model.n_vocab, length)]
                 if rng.random() < 0.2:
                     context.restore(context.saved())
-                options = {"last_only": bool(rng.random() < 0.7)}
-                run = other.submit if rng.random() < 0.3 else None
-                name = f"{seed}/{step}"
-                if run is not None:
-                    arrays[name] = run(context.forward, tokens, position, **options).result()
-                else:
-                    arrays[name] = context.forward(tokens, position, **options)
+                forward = functools.partial(context.forward, tokens, position, last_only=bool(rng.random() < 0.7))
+                arrays[f"{seed}/{step}"] = other.submit(forward).result() if rng.random() < 0.3 else forward()
                 position += length
         return arrays, counted(context)
 

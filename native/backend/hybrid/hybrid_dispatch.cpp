@@ -304,7 +304,7 @@ void hybrid_dispatch::pause(const char * reason) {
 
 // Of a step that failed on its way to the accelerators: waits for what was started, since it reads this step's rows,
 // and takes back the copies that never were.
-void hybrid_dispatch::give_up_step() {
+void hybrid_dispatch::give_up_step() noexcept try {
     for (const auto & step : steps_) {
         if (step->has_work()) {
             step->finish(copy_patience_us);
@@ -321,6 +321,8 @@ void hybrid_dispatch::give_up_step() {
         }
         note_copy(trace_kind::fail, id, now);
     }
+} catch (const std::exception & error) {
+    log_.add("%s, while a failed step was given up", error.what());
 }
 
 bool hybrid_dispatch::plan(const float * scores) {
@@ -513,8 +515,8 @@ const uint8_t * hybrid_dispatch::route(int32_t * ids, const float * weights, con
         return n_gpu_ == 0 ? nullptr : take_.data();
     } catch (const std::exception & error) {
         // Nothing may leave the team's region.
-        give_up_step();
         pause(error.what());
+        give_up_step();
         return nullptr;
     }
 }

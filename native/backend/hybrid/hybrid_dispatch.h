@@ -136,7 +136,7 @@ private:
     void take_results();
     bool is_paused();
     void pause(const char * reason);
-    void give_up_step();
+    void give_up_step() noexcept;
     layer_event event_of(const float * scores); // what the router said of the block at hand
     bool plan(const float * scores);
     const float * widened(const float * scores);

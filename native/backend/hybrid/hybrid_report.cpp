@@ -16,14 +16,16 @@ std::string hybrid_dispatch::describe_state() const {
     out["paused"]   = nlohmann::json::array(); // what is tried again later, and why
     if (pause_.is_on()) {
         const double now_us = clock_.now_us();
-        out["paused"].push_back({{"what", "sharing"},
+        out["paused"].push_back({{"kind", "failed-step"},
+                                 {"what", "sharing"},
                                  {"reason", pause_.reason()},
                                  {"since_s", (now_us - pause_.since_us()) * 1e-6},
                                  {"retry_in_s", std::max(0.0, pause_.until_us() - now_us) * 1e-6}});
     }
     for (size_t d = 0; d < devices_.size() && d < is_suspended_.size(); d++) {
         if (is_suspended_[d]) {
-            out["paused"].push_back({{"what", devices_[d]->port.name()}, {"reason", "a copy did not end"}});
+            out["paused"].push_back(
+                {{"kind", "stuck-copy"}, {"what", devices_[d]->port.name()}, {"reason", "a copy did not end"}});
         }
     }
     out["devices"] = nlohmann::json::array();
