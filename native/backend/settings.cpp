@@ -163,6 +163,7 @@ void parse_faults(const std::string & key, const json_value & value, settings & 
                                  : name == "scarce_until"     ? &faults.scarce_until
                                  : name == "scarce_bytes"     ? &faults.scarce_bytes
                                  : name == "fail_step"        ? &faults.fail_step
+                                 : name == "pause_us"         ? &faults.pause_us
                                  : name == "copy_patience_us" ? &faults.copy_patience_us
                                                               : nullptr;
         if (target == nullptr) {

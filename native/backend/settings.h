@@ -40,6 +40,7 @@ struct fault_plan {
     int64_t scarce_until     = 0;  // ... and from this one on free_bytes again; 0: for good
     int64_t scarce_bytes     = 0;
     int64_t fail_step        = 0; // the n-th planned step fails once it has been launched
+    int64_t pause_us         = 0; // how long the first pause after a failed step is; 0: as long as usual
     int64_t copy_patience_us = 0; // how long a copy may take; 0: as long as usual
 };
 

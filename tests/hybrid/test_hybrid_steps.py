@@ -6,13 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hybrid_checks import ask_both, check_used, events, settings_of, total
+from hybrid_checks import FORCED, ask_both, check_used, events, settings_of, total
 from sides import Side, compare
 
 from hybrimoe.cli.report import stats_text
 from hybrimoe.engine import Engine, EngineOptions, Sampling
 from hybrimoe.expert_options import CacheSize, ExpertOptions
 
+# The pause outlasts the test on any machine.
+FAILS = {"fail_step": 9, "pause_us": 60_000_000}
 # 25 sequences each, 200 in all.
 KINDS = [
     ("qwen3moe", "Q4_0", None),
@@ -42,7 +44,7 @@ def test_random_shapes_of_batches(
 
 def test_a_failed_step_pauses_and_is_computed(plain: Side, hybrid: Side, tiny_model: Callable[..., Path]) -> None:
     got, difference = ask_both(
-        plain, hybrid, tiny_model("qwen3moe", "Q4_0"), settings_of(expert_cache=3, faults={"fail_step": 9}), decode=12
+        plain, hybrid, tiny_model("qwen3moe", "Q4_0"), settings_of(expert_cache=3, faults=FAILS), decode=12
     )
     assert difference.is_equal, difference
     assert got.facts["state"]["phase"] == "ready"
@@ -52,14 +54,14 @@ def test_a_failed_step_pauses_and_is_computed(plain: Side, hybrid: Side, tiny_mo
         and pause["what"] == "sharing"
         and pause["reason"] == "a step that fails on purpose"
     )
-    assert 0 < pause["retry_in_s"] <= 1
+    assert 0 < pause["retry_in_s"] <= 60
     assert len(events(got, "tried again")) == 1
     assert total(got, "n_hits") > 0
 
 
 def test_stats_name_the_pause(tiny_model: Callable[..., Path]) -> None:
     experts = ExpertOptions(
-        devices=("CPU",), cache=CacheSize(n_slots=3), guard=False, live_costs=False, extra={"faults": {"fail_step": 9}}
+        devices=("CPU",), cache=CacheSize(n_slots=3), guard=False, live_costs=False, extra={"faults": FAILS}
     )
     with Engine(tiny_model("qwen3moe", "Q4_0"), EngineOptions(n_ctx=256, n_threads=1, experts=experts)) as engine:
         "".join(engine.answer([5, 6, 7], Sampling(temp=0), 12))
@@ -84,15 +86,19 @@ def test_warmup_teaches_nothing(plain: Side, hybrid: Side, tiny_model: Callable[
 @pytest.mark.parametrize("n_prompt", [40, 300])
 def test_prompts_longer_than_a_micro_batch_keep_the_cache(tiny_model: Callable[..., Path], n_prompt: int) -> None:
     """Of such a prompt the last layer has rows in the last micro-batch only."""
-    experts = ExpertOptions(devices=("CPU",), cache=CacheSize(n_slots=3), guard=False, live_costs=False)
+    experts = ExpertOptions(
+        devices=("CPU",), cache=CacheSize(n_slots=3), guard=False, live_costs=False, extra={"costs": FORCED}
+    )
     options = EngineOptions(n_ctx=1024, n_threads=1, n_batch=512, n_ubatch=16, experts=experts)
     with Engine(tiny_model("qwen3moe", "Q4_0"), options) as engine:
-        hits = 0
+        before = 0
         for turn in range(3):
             prompt = [1 + (7 * i + turn) % 200 for i in range(n_prompt)]
+            engine.reset_counters()
             "".join(engine.answer(prompt, Sampling(temp=0), 8))
-            now = sum(layer.n_hits for layer in engine.counters())
-            assert now > hits, f"answer {turn} asked no accelerator"
-            assert all(layer.n_experts_gpu > 0 for layer in engine.counters())
-            hits = now
+            assert all(layer.n_experts_gpu > 0 for layer in engine.counters()), f"answer {turn}"
+            stats = engine.expert_state()["stats"]
+            assert stats["n_gpu"] > before
+            before = stats["n_gpu"]
+        assert stats["n_hits"] > 0
         assert engine.expert_state()["phase"] == "ready" and engine.expert_state()["paused"] == []

@@ -26,6 +26,9 @@ hybrid_dispatch::hybrid_dispatch(const settings & config, std::shared_ptr<counte
                                  const kernels::kernel_set * kernels)
     : config_(in_force(config)), counters_(std::move(data)), timer_(timer), kernels_(kernels),
       log_(config.log_to_stderr) {
+    if (config_.faults.pause_us > 0) {
+        pause_ = sharing_pause(static_cast<double>(config_.faults.pause_us));
+    }
     if (config_.trace_bytes > 0) {
         recorder_ = std::make_unique<trace_recorder>(static_cast<size_t>(config_.trace_bytes), config_.trace_scores,
                                                      config_.trace_spans);

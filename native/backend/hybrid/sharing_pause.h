@@ -14,6 +14,9 @@ public:
     static constexpr double first_us = 1e6;
     static constexpr double most_us  = 60e6;
 
+    sharing_pause() = default;
+    explicit sharing_pause(double shortest_us) : shortest_us_(shortest_us), next_us_(shortest_us) {}
+
     // A step failed: sharing pauses from now on.
     void begin(const std::string & reason, double now_us) {
         reason_   = reason;
@@ -31,7 +34,7 @@ public:
     // A step was shared. Once it has worked for as long as the last pause took, the next pause is a short one again.
     void on_success(double now_us) {
         if (n_ > 0 && now_us - until_us_ > until_us_ - since_us_) {
-            next_us_ = first_us;
+            next_us_ = shortest_us_;
         }
     }
 
@@ -43,7 +46,8 @@ public:
 
 private:
     std::string reason_;
-    double since_us_ = 0.0, until_us_ = 0.0, next_us_ = first_us;
+    double shortest_us_ = first_us, next_us_ = first_us;
+    double since_us_ = 0.0, until_us_ = 0.0;
     bool is_on_ = false;
     int64_t n_  = 0;
 };
