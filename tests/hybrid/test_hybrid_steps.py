@@ -66,6 +66,8 @@ def test_stats_name_the_pause(tiny_model: Callable[..., Path]) -> None:
     with Engine(tiny_model("qwen3moe", "Q4_0"), EngineOptions(n_ctx=256, n_threads=1, experts=experts)) as engine:
         "".join(engine.answer([5, 6, 7], Sampling(temp=0), 12))
         lines = stats_text(engine).splitlines()
+        assert engine.plugin is not None
+        engine.plugin.configure(faults={})  # settings are the process's: other engines in it must not fail, too
     assert [
         line for line in lines if line.startswith("sharing is paused: a step that fails on purpose; tried again in")
     ]
@@ -87,7 +89,11 @@ def test_warmup_teaches_nothing(plain: Side, hybrid: Side, tiny_model: Callable[
 def test_prompts_longer_than_a_micro_batch_keep_the_cache(tiny_model: Callable[..., Path], n_prompt: int) -> None:
     """Of such a prompt the last layer has rows in the last micro-batch only."""
     experts = ExpertOptions(
-        devices=("CPU",), cache=CacheSize(n_slots=3), guard=False, live_costs=False, extra={"costs": FORCED}
+        devices=("CPU",),
+        cache=CacheSize(n_slots=3),
+        guard=False,
+        live_costs=False,
+        extra={"costs": FORCED, "faults": {}},
     )
     options = EngineOptions(n_ctx=1024, n_threads=1, n_batch=512, n_ubatch=16, experts=experts)
     with Engine(tiny_model("qwen3moe", "Q4_0"), options) as engine:
