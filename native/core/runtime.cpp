@@ -47,6 +47,7 @@ runtime::runtime(runtime_config && config, expert_cache && cache)
     admission_->set_costs(&costs_);
     const auto n_expert = static_cast<size_t>(shape_.n_expert);
     decision_.plan.placements.reserve(n_expert);
+    tried_.placements.reserve(n_expert);
     decision_.items.reserve(n_expert);
     decision_.slots.reserve(n_expert);
     copy_order_.reserve(n_expert);
@@ -236,13 +237,22 @@ status runtime::on_layer(const layer_event & e, double now_us, const decision *&
     problem.items   = decision_.items.data();
     problem.n_items = static_cast<int>(decision_.items.size());
     HYBRIMOE_TRY(plan_layer(*schedule_, problem, decision_.plan)); // cannot fail: costs and event were checked
+    decision_.is_tried   = false;
+    decision_.untried_us = decision_.plan.makespan_us;
+    if (e.trial.wanted && e.trial.what.kind != resource_kind::link) {
+        try_compute(e, problem);
+    }
 
     commit_demands(e, now_us);
     open_window(e, now_us);
+    if (e.trial.wanted && e.trial.what.kind == resource_kind::link) {
+        try_copy(e, now_us);
+    }
     commit_prefetch(e, now_us);
     if (limits_.admission) {
         commit_admissions(e, now_us);
     }
+    stats_.n_tried += decision_.is_tried ? 1 : 0;
 
     stats_.n_events += 1;
     stats_.n_cpu += decision_.plan.n_cpu;
@@ -349,9 +359,14 @@ bool runtime::issue_idle(transfer_kind kind, int layer, int expert, int device, 
     const double bytes = costs_.of_layer(layer).bytes;
     const double start = std::max(now_us, link_free_us_[device]);
     const double end   = start + costs_.t_copy(device, bytes);
-    if (end > window_end_us_ || bytes > spare_bytes_) {
-        return false;
-    }
+    return end <= window_end_us_ && bytes <= spare_bytes_ &&
+           issue(kind, layer, expert, device, saved_us, now_us);
+}
+
+bool runtime::issue(transfer_kind kind, int layer, int expert, int device, double saved_us, double now_us) {
+    const double bytes = costs_.of_layer(layer).bytes;
+    const double start = std::max(now_us, link_free_us_[device]);
+    const double end   = start + costs_.t_copy(device, bytes);
     load_result loaded;
     const bool speculative = kind == transfer_kind::prefetch;
     if (!cache_.begin_load(layer, expert, device, speculative, loaded).ok()) {
@@ -421,6 +436,60 @@ void runtime::commit_admissions(const layer_event & e, double now_us) {
         const int device = target_device(e.layer);
         if (device == cpu_device || !issue_idle(transfer_kind::admit, e.layer, w.expert, device, 0.0, now_us)) {
             break; // no slots, or the window is full
+        }
+    }
+}
+
+// Gives one expert to a resource that the plan leaves out: a resident one to its accelerator, or the lightest one that
+// costs least to the CPU.
+void runtime::try_compute(const layer_event & e, const layer_problem & problem) {
+    const bool on_cpu = e.trial.what.kind == resource_kind::cpu;
+    const int device  = on_cpu ? cpu_device : e.trial.what.device;
+    for (const placement & at : decision_.plan.placements) {
+        if (at.device == device) {
+            return; // it is used anyway
+        }
+    }
+    if (e.trial.must_be_useful && e.calibrated != nullptr) {
+        layer_problem hoped = problem;
+        hoped.costs         = e.calibrated;
+        if (!plan_layer(*schedule_, hoped, tried_).ok() ||
+            std::none_of(tried_.placements.begin(), tried_.placements.end(),
+                         [device](const placement & at) { return at.device == device; })) {
+            return;
+        }
+    }
+    int best = -1;
+    for (int i = 0; i < problem.n_items; ++i) {
+        const work_item & w = problem.items[i];
+        const bool fits     = on_cpu || (w.device == device && !w.loading);
+        if (fits && (best < 0 || w.n_tokens < problem.items[best].n_tokens)) {
+            best = i;
+        }
+    }
+    double makespan_us = 0.0;
+    if (best < 0 || !plan_with(problem, decision_.plan, best, device, tried_, makespan_us).ok() ||
+        makespan_us - decision_.untried_us > e.trial.budget_us) {
+        return;
+    }
+    std::swap(decision_.plan, tried_);
+    decision_.is_tried = true;
+}
+
+// Copies one of the layer's missed experts in idle time, however long that is believed to take.
+void runtime::try_copy(const layer_event & e, double now_us) {
+    const int device = e.trial.what.device;
+    const bool busy  = std::any_of(in_flight_.begin(), in_flight_.end(),
+                                   [device](const transfer & t) { return t.device == device; });
+    if (busy || cache_.n_slots(e.layer, device) == 0) {
+        return; // its end will tell
+    }
+    for (const work_item & w : decision_.items) {
+        const bool is_absent =
+            w.device == cpu_device && cache_.lookup(e.layer, w.expert).state == slot_state::absent;
+        if (is_absent && issue(transfer_kind::admit, e.layer, w.expert, device, 0.0, now_us)) {
+            decision_.is_tried = true;
+            return;
         }
     }
 }

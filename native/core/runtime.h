@@ -8,6 +8,7 @@
 #include "prefetch/pay_back.h"
 #include "prefetch/prefetcher.h"
 #include "scheduling/scheduler.h"
+#include "trials.h"
 
 #include <memory>
 #include <vector>
@@ -28,6 +29,9 @@ struct layer_event {
     double gpu_ready_us[max_devices]{};
     double gap_us = 0.0;   // from the end of this layer's experts to the next layer's event, as measured
     bool scratch  = false; // demanded copies may stream through scratch slots when none is free (prefill)
+
+    trial_request trial; // one expert, or one copy, is given to a resource that the plan does not use
+    const cost_model * calibrated = nullptr; // for trial.must_be_useful; may be null
 };
 
 enum class transfer_kind : uint8_t {
@@ -58,6 +62,9 @@ struct decision {
     double now_us = 0.0;
     int n_hits = 0, n_misses = 0, n_late = 0;
     int horizon = 0; // layers ahead that prefetch looked
+
+    bool is_tried       = false; // the event's trial is part of the plan
+    double untried_us   = 0.0;   // makespan of the plan without it
 };
 
 struct runtime_stats {
@@ -70,6 +77,7 @@ struct runtime_stats {
     double stall_us             = 0.0; // predicted waits for copies that came late
     double makespan_us          = 0.0; // predicted, summed
     int64_t n_prefetch_switches = 0;
+    int64_t n_tried             = 0; // trials that were part of a plan
     uint64_t decision_hash      = 14695981039346656037ULL; // FNV-1a over every decision
 };
 
@@ -130,7 +138,10 @@ private:
     void commit_demands(const layer_event & event, double now_us);
     void commit_prefetch(const layer_event & event, double now_us);
     void commit_admissions(const layer_event & event, double now_us);
+    void try_compute(const layer_event & event, const layer_problem & problem);
+    void try_copy(const layer_event & event, double now_us);
     bool issue_idle(transfer_kind kind, int layer, int expert, int device, double saved_us, double now_us);
+    bool issue(transfer_kind kind, int layer, int expert, int device, double saved_us, double now_us);
     void record(transfer t);
     void note_eviction(const load_result & loaded, bool by_prefetch);
     void open_window(const layer_event & event, double now_us);
@@ -154,6 +165,7 @@ private:
 
     // Reused from step to step; sized once.
     decision decision_;
+    layer_plan tried_; // the plan with a trial, or the calibration's
     proposal_list proposals_;
     std::vector<transfer> in_flight_;
     std::vector<int32_t> active_, loads_, load_of_; // load_of_: [n_expert], zero between events

@@ -51,18 +51,18 @@ const cost_channel::sample & cost_channel::recent(int age) const {
     return recent_[(at_ - 1 - age + 2 * window) % window];
 }
 
-bool cost_channel::observe(const double * x, double y_us, double now_us) {
+bool cost_channel::observe(const double * x, double y_us, const sample_time & when, double disturbed) {
     const double p = predict(x);
-    if (!std::isfinite(y_us) || y_us <= 0.0 || !std::isfinite(p) || p <= 0.0 || !std::isfinite(now_us)) {
+    if (!std::isfinite(y_us) || y_us <= 0.0 || !std::isfinite(p) || p <= 0.0 || !std::isfinite(when.now_us)) {
         return false;
     }
     if (n_samples_ == 0) {
-        std::fill(near_us_, near_us_ + n_params_, now_us);
+        std::fill(near_us_, near_us_ + n_params_, when.now_us);
     }
     sample one{};
     std::copy(x, x + n_params_, one.x);
     one.y         = y_us;
-    one.now_us    = now_us;
+    one.now_us    = when.now_us;
     one.deviation = std::log(y_us / p);
     recent_[at_]  = one;
     at_           = (at_ + 1) % window;
@@ -72,16 +72,28 @@ bool cost_channel::observe(const double * x, double y_us, double now_us) {
         share_[i] += (x[i] * s_[i] / p - share_[i]) * (n_samples_ == 1 ? 1.0 : scale_rate);
     }
     // Bounded like the samples: an outlier widens the scale a little, never a lot. 1.25: mean to standard deviation.
-    const double size = std::min(std::fabs(one.deviation), step_scales * scale_);
+    const double size = std::min(std::fabs(one.deviation - std::log(disturbed)), step_scales * scale_);
     scale_            = std::clamp(scale_ + scale_rate * (1.25 * size - scale_), least_scale, largest_scale);
     int first         = 0;
-    if (!stepped(first) || !take_step(first)) {
+    const bool off    = stepped(first);
+    is_off_           = is_off_ && off;
+    const bool lasted = off && has_lasted(first, when);
+    if (!(lasted && take_step(first)) && (disturbed == 1.0 || lasted)) {
         sums_.scale(1.0 - 1.0 / memory_);
         accumulate(one);
         solve();
     }
-    note_drift(now_us);
+    note_drift(when.now_us);
     return true;
+}
+
+// Whether samples have been off for long enough; `first` is the age of the first one in the window.
+bool cost_channel::has_lasted(int first, const sample_time & when) {
+    if (!is_off_) {
+        is_off_    = true;
+        off_since_ = {recent(first).now_us, when.pass};
+    }
+    return when.pass - off_since_.pass >= step_passes && when.now_us - off_since_.now_us >= step_us;
 }
 
 void cost_channel::accumulate(const sample & one) {
@@ -175,10 +187,11 @@ bool cost_channel::take_step(int first) {
     }
     solve();
     if (!has_change_ && settle_left_ == 0) {
-        change_ = {best, reported_[best], s_[best], recent(first).now_us};
+        change_ = {best, reported_[best], s_[best], off_since_.now_us};
     }
     settle_left_ = n_settle_samples;
     n_recent_    = 0; // what is in the window has been explained
+    is_off_      = false;
     ++n_steps_;
     return true;
 }

@@ -2,8 +2,9 @@
 // sample (latency and transfer; first expert, weights and tokens) and s_i is the factor that holds today, 1 at first.
 //
 // Recursive least squares with exponential forgetting on relative residuals; an outlier counts no more than
-// huber_k residual scales. When most of the last samples are off in one direction and a single factor explains them,
-// the machine has changed: that factor takes the change at once, and older samples are forgotten.
+// huber_k residual scales. When most samples have been off in one direction for a while, in time and in passes of the
+// model, and a single factor explains them, the machine has changed: that factor takes the change at once, and older
+// samples are forgotten. A shorter disturbance is not learnt; disturbance.h follows it meanwhile.
 #pragma once
 
 #include "robust_fit.h"
@@ -11,6 +12,12 @@
 #include <cstdint>
 
 namespace hybrimoe {
+
+// When a sample was taken: the caller's clock, and the pass of the model (one decoded token, or one batch of a prompt).
+struct sample_time {
+    double now_us = 0.0;
+    int64_t pass  = 0;
+};
 
 struct channel_change {
     int param       = 0; // the part that changed
@@ -23,14 +30,19 @@ class cost_channel {
 public:
     static constexpr int window          = 10; // samples that decide whether there was a step
     static constexpr int window_majority = 7;
+    // A step counts once samples have been off for so long: a burst of waits (another program's time slice, clocks
+    // after idle) ends sooner.
+    static constexpr int64_t step_passes = 4;
+    static constexpr double step_us      = 25e3;
 
     cost_channel() = default;
     // initial[i]: the factor to start from; floor[i]: its lower bound (0 where a part may vanish); memory: samples
     // after which an old one counts 1/e.
     cost_channel(int n_params, const double * initial, const double * floor, double memory);
 
-    // Takes one timing; false when it is no time (not finite, not above 0) and was ignored.
-    bool observe(const double * x, double y_us, double now_us);
+    // Takes one timing; false when it is not a time (not finite, not above 0) and was ignored. `disturbed` is the factor
+    // that the sample is known to be off by for now (disturbance.h): such a sample is learnt only as part of a step.
+    bool observe(const double * x, double y_us, const sample_time & when, double disturbed = 1.0);
     // The report of the newest lasting change, once; false when there is none.
     bool take_change(channel_change & out);
 
@@ -51,6 +63,7 @@ private:
     void accumulate(const sample & one);
     void solve();
     bool stepped(int & first) const;
+    bool has_lasted(int first, const sample_time & when);
     bool take_step(int first);
     void note_drift(double now_us);
     const sample & recent(int age) const; // 0: the newest
@@ -68,6 +81,8 @@ private:
     int at_            = 0;
     int64_t n_samples_ = 0;
     int64_t n_steps_   = 0;
+    bool is_off_       = false; // most samples are off, since:
+    sample_time off_since_;
 
     // Drift is what has changed since the last report (at first: since the calibration).
     double reported_[max_fit_params]{};

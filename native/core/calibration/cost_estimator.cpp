@@ -12,8 +12,16 @@ constexpr double vanishing[max_fit_params] = {0.0, 1e-4, 1e-4};
 constexpr double rate_only[max_fit_params] = {1e-4, 0.0, 0.0};
 // What a factor of 1 means for a cost that the calibration gives as 0: a share of one expert's time.
 constexpr double unit_share = 0.05;
-// A CPU batch beside copies that is slower than the CPU alone explains, by so many residual scales, met the ceiling.
+// A CPU batch beside copies that is slower than the CPU alone explains, by so many residual scales, met the ceiling:
+// if it reached this share of it at least, or copies are slow as well. Else the CPU itself is slow.
 constexpr double ceiling_scales = 2.0;
+constexpr double ceiling_share  = 0.4;
+constexpr double slow_copies    = 1.3;
+// "At most" speaks against a cost only if it is so much below it.
+constexpr double telling_bound = 0.8;
+// A disturbance is passed on when it has changed by so much.
+constexpr double disturbance_step = 0.1;
+constexpr double half_life_us     = 60e6; // of the confidence in a cost without samples
 // A part of the time below this share changes no decision.
 constexpr double telling_share = 0.02;
 
@@ -79,6 +87,7 @@ status cost_estimator::create(const cost_model & calibrated, const estimator_opt
     const double one[max_fit_params] = {1.0, 1.0, 1.0};
     made.dram_                       = cost_channel(1, one, rate_only, options.memory);
     keep(parts{{1.0, 1.0, 1.0}, {1.0, 1.0, 1.0}}, 1);
+    made.followers_.resize(2 * static_cast<size_t>(calibrated.n_devices()) + 2);
     out = std::move(made);
     return {};
 }
@@ -100,11 +109,39 @@ bool cost_estimator::batch_parts(const cost_curve & curve, const int32_t * n_tok
     return true;
 }
 
-void cost_estimator::observe(cost_channel & channel, const double * x, int n, double us, double now_us,
+size_t cost_estimator::follower_of(const resource & of) const {
+    const auto n_devices = static_cast<size_t>(calibrated_.n_devices());
+    const auto device    = static_cast<size_t>(std::max(of.device, 0));
+    return of.kind == resource_kind::link ? device : of.kind == resource_kind::gpu ? n_devices + device : 2 * n_devices;
+}
+
+void cost_estimator::follow(follower & by, double deviation, double residual) {
+    const bool was_on = by.now.is_on();
+    by.now.observe(deviation, residual);
+    if (by.now.is_on() != was_on) {
+        by.changed_pass = pass_;
+    }
+    moved_ = moved_ || std::fabs(std::log(by.now.factor() / by.applied)) > disturbance_step;
+}
+
+void cost_estimator::observe(cost_channel & channel, follower & by, const double * x, int n, double us, double now_us,
                              double * applied) {
-    if (!channel.observe(x, us, now_us)) {
+    const double expected = channel.predict(x);
+    const int64_t n_steps = channel.n_steps();
+    const double residual = channel.residual();
+    if (!channel.observe(x, us, {now_us, pass_}, by.now.factor())) {
         ++n_rejected_;
         return;
+    }
+    by.last = {now_us, pass_};
+    ++by.n_samples;
+    by.last_ratio = us / (expected * by.now.factor());
+    if (channel.n_steps() != n_steps) { // it has become lasting
+        by.now.clear();
+        by.changed_pass = pass_;
+        moved_          = true;
+    } else {
+        follow(by, std::log(us / expected), residual);
     }
     if (moved_ || channel.n_samples() < options_.min_samples) {
         return;
@@ -116,6 +153,31 @@ void cost_estimator::observe(cost_channel & channel, const double * x, int n, do
     }
 }
 
+// A bound is learnt by no channel: samples that say "at most" alone would pull every cost down.
+void cost_estimator::observe_bound(const cost_channel & channel, follower & by, const double * x, double us,
+                                   double now_us) {
+    const double expected = channel.predict(x);
+    if (!std::isfinite(us) || us <= 0.0 || !std::isfinite(now_us) || expected <= 0.0) {
+        ++n_rejected_;
+        return;
+    }
+    by.last = {now_us, pass_};
+    if (us < telling_bound * expected * by.now.factor()) {
+        by.last_ratio = us / (expected * by.now.factor());
+        follow(by, std::log(us / expected), channel.residual());
+    }
+}
+
+void cost_estimator::observe_read_rate(double bytes, double us, double now_us) {
+    const double ceiling = calibrated_.dram_bytes_per_us();
+    if (std::isfinite(ceiling) && us > 0.0) {
+        const double x[max_fit_params] = {bytes / ceiling, 0.0, 0.0};
+        if (us < dram_.predict(x) * followers_.back().now.factor()) {
+            observe_bound(dram_, followers_.back(), x, us, now_us);
+        }
+    }
+}
+
 void cost_estimator::observe_copy(int device, double bytes, double us, double now_us) {
     if (device < 0 || device >= calibrated_.n_devices() || !(bytes > 0.0) || !std::isfinite(bytes)) {
         ++n_rejected_;
@@ -123,7 +185,8 @@ void cost_estimator::observe_copy(int device, double bytes, double us, double no
     }
     const auto at     = static_cast<size_t>(device);
     const double x[2] = {units_[at * max_fit_params], bytes / calibrated_.link(device).bytes_per_us};
-    observe(copies_[at], x, 2, us, now_us, &applied_[at * max_fit_params]);
+    observe(copies_[at], followers_[at], x, 2, us, now_us, &applied_[at * max_fit_params]);
+    observe_read_rate(bytes, us, now_us);
 }
 
 void cost_estimator::observe_cpu(int layer, const int32_t * n_tokens, int n_experts, double us, double copied_bytes,
@@ -137,22 +200,31 @@ void cost_estimator::observe_cpu(int layer, const int32_t * n_tokens, int n_expe
     const auto cls       = static_cast<size_t>(calibrated_.class_of(layer));
     const size_t index   = copies_.size() + cls;
     cost_channel & own   = cpu_[cls];
+    follower & by        = followers_[follower_of({resource_kind::cpu, cpu_device})];
     x[fixed_part]        = units_[index * max_fit_params];
     const double ceiling = calibrated_.dram_bytes_per_us();
+    const double bytes   = calibrated_.of_layer(layer).bytes * n_experts + std::max(copied_bytes, 0.0);
     if (copied_bytes > 0.0 && std::isfinite(copied_bytes) && std::isfinite(ceiling)) {
-        const double together[max_fit_params] = {
-            (calibrated_.of_layer(layer).bytes * n_experts + copied_bytes) / ceiling, 0.0, 0.0};
-        const double alone = own.predict(x);
-        if (std::max(dram_.predict(together), us) > alone * (1.0 + ceiling_scales * own.residual())) {
-            observe(dram_, together, 1, us, now_us, &applied_[applied_.size() - max_fit_params]);
+        const double together[max_fit_params] = {bytes / ceiling, 0.0, 0.0};
+        const double expected                 = dram_.predict(together) * followers_.back().now.factor();
+        const double alone                    = own.predict(x) * by.now.factor();
+        bool are_copies_slow                  = false;
+        for (int d = 0; d < calibrated_.n_devices(); ++d) {
+            are_copies_slow = are_copies_slow || followers_[static_cast<size_t>(d)].now.factor() > slow_copies ||
+                              followers_[static_cast<size_t>(d)].last_ratio > slow_copies;
+        }
+        if (std::max(expected, us) > alone * (1.0 + ceiling_scales * own.residual()) &&
+            (us * ceiling_share < expected || are_copies_slow)) {
+            observe(dram_, followers_.back(), together, 1, us, now_us, &applied_[applied_.size() - max_fit_params]);
             return;
         }
     }
-    observe(own, x, 3, us, now_us, &applied_[index * max_fit_params]);
+    observe(own, by, x, 3, us, now_us, &applied_[index * max_fit_params]);
+    observe_read_rate(bytes, us, now_us);
 }
 
 void cost_estimator::observe_gpu(int layer, int device, const int32_t * n_tokens, int n_experts, double us,
-                                 double now_us) {
+                                 double now_us, bool at_most) {
     double x[max_fit_params];
     if (layer < 0 || layer >= calibrated_.n_layers() || device < 0 || device >= calibrated_.n_devices() ||
         !batch_parts(calibrated_.of_layer(layer).gpu[device], n_tokens, n_experts, x)) {
@@ -161,21 +233,71 @@ void cost_estimator::observe_gpu(int layer, int device, const int32_t * n_tokens
     }
     const size_t at    = gpu_index(calibrated_.class_of(layer), device);
     const size_t index = copies_.size() + cpu_.size() + at;
+    follower & by      = followers_[follower_of({resource_kind::gpu, device})];
     x[fixed_part]      = units_[index * max_fit_params];
-    observe(gpu_[at], x, 3, us, now_us, &applied_[index * max_fit_params]);
+    if (at_most) {
+        observe_bound(gpu_[at], by, x, us, now_us);
+    } else {
+        observe(gpu_[at], by, x, 3, us, now_us, &applied_[index * max_fit_params]);
+    }
+}
+
+double cost_state::confidence(double now_us) const {
+    if (n_samples == 0) {
+        return 0.0;
+    }
+    const auto n     = static_cast<double>(n_samples);
+    const double age = std::max(0.0, now_us - last_us);
+    return n / (n + 8.0) * std::exp2(-age / half_life_us) / (1.0 + residual);
+}
+
+// Of a batch of one expert with one token, or of one expert's copy; of the classes, the one that has become slowest.
+cost_state cost_estimator::state(const resource & of) const {
+    const follower & by = followers_[follower_of(of)];
+    cost_state s;
+    s.disturbed    = by.now.factor();
+    s.n_samples    = by.n_samples;
+    s.last_us      = by.last.now_us;
+    s.last_pass    = by.last.pass;
+    s.changed_pass = by.changed_pass;
+    s.last_ratio   = by.last_ratio;
+    double most    = 0.0;
+    const auto add = [&](const cost_channel & channel, size_t index, double first_us, double each_us) {
+        const double unit                = units_[index * max_fit_params];
+        const double x[max_fit_params]   = {unit, each_us, 0.0};
+        const double calibrated          = first_us + each_us;
+        s.residual                       = std::max(s.residual, channel.n_samples() > 0 ? channel.residual() : 0.0);
+        most                             = std::max(most, calibrated > 0.0 ? channel.predict(x) / calibrated : 1.0);
+    };
+    for (int c = 0; c < calibrated_.n_classes(); ++c) {
+        const auto cls         = static_cast<size_t>(c);
+        const layer_class & l  = calibrated_.of_class(c);
+        if (of.kind == resource_kind::cpu) {
+            add(cpu_[cls], copies_.size() + cls, l.cpu_first_us + calibrated_.step_us(cpu_device), l.cpu.at(1.0));
+        } else if (of.kind == resource_kind::gpu) {
+            add(gpu(c, of.device), copies_.size() + cpu_.size() + gpu_index(c, of.device),
+                calibrated_.step_us(of.device), l.gpu[of.device].at(1.0));
+        } else {
+            add(copies(of.device), static_cast<size_t>(of.device), calibrated_.link(of.device).latency_us,
+                l.bytes / calibrated_.link(of.device).bytes_per_us);
+        }
+    }
+    s.slowdown = most * s.disturbed;
+    return s;
 }
 
 double cost_estimator::link_latency_us(int device) const {
     const auto at = static_cast<size_t>(device);
-    return copies_[at].factor(0) * units_[at * max_fit_params];
+    return copies_[at].factor(0) * units_[at * max_fit_params] * followers_[at].now.factor();
 }
 
 double cost_estimator::link_bytes_per_us(int device) const {
-    return calibrated_.link(device).bytes_per_us / copies_[static_cast<size_t>(device)].factor(1);
+    const auto at = static_cast<size_t>(device);
+    return calibrated_.link(device).bytes_per_us / copies_[at].factor(1) / followers_[at].now.factor();
 }
 
 double cost_estimator::dram_bytes_per_us() const {
-    return calibrated_.dram_bytes_per_us() / dram_.factor(0);
+    return calibrated_.dram_bytes_per_us() / dram_.factor(0) / followers_.back().now.factor();
 }
 
 status cost_estimator::apply(cost_model & out) {
@@ -187,51 +309,52 @@ status cost_estimator::apply(cost_model & out) {
                             out.n_layers(), out.n_classes(), out.n_devices(), calibrated_.n_layers(),
                             calibrated_.n_classes(), calibrated_.n_devices());
     }
-    const auto enough = [this](const cost_channel & c) { return c.n_samples() >= options_.min_samples; };
-    const auto keep   = [this](const cost_channel & c, size_t index) {
-        for (int i = 0; i < c.n_params(); ++i) {
+    // A disturbance counts from its first sample on, lasting factors once there are enough samples.
+    const auto lasting = [this](const cost_channel & c, size_t index) {
+        const bool enough = c.n_samples() >= options_.min_samples;
+        for (int i = 0; enough && i < c.n_params(); ++i) {
             applied_[index * max_fit_params + static_cast<size_t>(i)] = c.factor(i);
         }
+        return &applied_[index * max_fit_params];
     };
+    for (follower & by : followers_) {
+        by.applied = by.now.factor();
+    }
     size_t index = 0;
     for (int d = 0; d < calibrated_.n_devices(); ++d, ++index) {
-        if (enough(copies(d))) {
-            HYBRIMOE_TRY(out.set_link(d, link_latency_us(d), link_bytes_per_us(d)));
-            keep(copies(d), index);
-        }
+        const double * s  = lasting(copies(d), index);
+        const double now  = followers_[static_cast<size_t>(d)].applied;
+        const double unit = units_[index * max_fit_params];
+        HYBRIMOE_TRY(out.set_link(d, s[0] * unit * now, calibrated_.link(d).bytes_per_us / (s[1] * now)));
     }
+    const double cpu_now = followers_[follower_of({resource_kind::cpu, cpu_device})].applied;
     for (int c = 0; c < calibrated_.n_classes(); ++c, ++index) {
-        if (enough(cpu(c))) {
-            const double both  = cpu(c).factor(fixed_part) * units_[index * max_fit_params];
-            const double first = std::max(0.0, both - calibrated_.step_us(cpu_device));
-            HYBRIMOE_TRY(out.set_cpu(
-                c, calibrated_.of_class(c).cpu.scaled(cpu(c).factor(weights_part), cpu(c).factor(tokens_part)), first));
-            keep(cpu(c), index);
-        }
+        const double * s   = lasting(cpu(c), index);
+        const double both  = s[fixed_part] * units_[index * max_fit_params] * cpu_now;
+        const double first = std::max(0.0, both - calibrated_.step_us(cpu_device));
+        HYBRIMOE_TRY(
+            out.set_cpu(c, calibrated_.of_class(c).cpu.scaled(s[weights_part] * cpu_now, s[tokens_part] * cpu_now), first));
     }
     double step_sum[max_devices] = {}, step_weight[max_devices] = {};
     for (int c = 0; c < calibrated_.n_classes(); ++c) {
         for (int d = 0; d < calibrated_.n_devices(); ++d, ++index) {
             const cost_channel & one = gpu(c, d);
-            if (enough(one)) {
-                HYBRIMOE_TRY(out.set_gpu(
-                    c, d, calibrated_.of_class(c).gpu[d].scaled(one.factor(weights_part), one.factor(tokens_part))));
-                // A device has one step cost, seen through the batches of every class.
-                const auto weight = static_cast<double>(one.n_samples());
-                step_sum[d] += weight * one.factor(fixed_part) * units_[index * max_fit_params];
-                step_weight[d] += weight;
-                keep(one, index);
-            }
+            const double * s         = lasting(one, index);
+            const double now         = followers_[follower_of({resource_kind::gpu, d})].applied;
+            HYBRIMOE_TRY(out.set_gpu(
+                c, d, calibrated_.of_class(c).gpu[d].scaled(s[weights_part] * now, s[tokens_part] * now)));
+            // A device has one step cost, seen through the batches of every class.
+            const auto weight = std::max(1e-3, static_cast<double>(one.n_samples()));
+            step_sum[d] += weight * s[fixed_part] * units_[index * max_fit_params] * now;
+            step_weight[d] += weight;
         }
     }
     for (int d = 0; d < calibrated_.n_devices(); ++d) {
-        if (step_weight[d] > 0.0) {
-            HYBRIMOE_TRY(out.set_step(d, step_sum[d] / step_weight[d]));
-        }
+        HYBRIMOE_TRY(out.set_step(d, step_sum[d] / step_weight[d]));
     }
-    if (enough(dram_) && std::isfinite(calibrated_.dram_bytes_per_us())) {
-        HYBRIMOE_TRY(out.set_dram(dram_bytes_per_us()));
-        keep(dram_, index);
+    if (std::isfinite(calibrated_.dram_bytes_per_us())) {
+        const double * s = lasting(dram_, index);
+        HYBRIMOE_TRY(out.set_dram(calibrated_.dram_bytes_per_us() / (s[0] * followers_.back().applied)));
     }
     moved_ = false;
     return {};

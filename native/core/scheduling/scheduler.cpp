@@ -25,6 +25,20 @@ status plan_layer(const scheduler & policy, const layer_problem & problem, layer
     return {};
 }
 
+status plan_with(const layer_problem & problem, const layer_plan & plan, int item, int device, layer_plan & out,
+                 double & makespan_us) {
+    priced_problem priced;
+    assignment device_of;
+    HYBRIMOE_TRY(price(problem, priced));
+    for (int i = 0; i < problem.n_items; ++i) {
+        device_of[i] = static_cast<int8_t>(plan.placements[static_cast<size_t>(i)].device);
+    }
+    device_of[item] = static_cast<int8_t>(device);
+    build_plan(priced, device_of, out);
+    makespan_us = out.makespan_us;
+    return {};
+}
+
 status predict_makespan(const scheduler & policy, const layer_problem & problem, double & out_us) {
     priced_problem priced;
     assignment device_of;

@@ -20,6 +20,10 @@ const policy_table<scheduler> & schedulers();
 // Prices, assigns and builds the timeline. `out` keeps its capacity, so a plan that is reused does not allocate.
 status plan_layer(const scheduler & policy, const layer_problem & problem, layer_plan & out);
 
+// The plan with one item given to another device: its makespan, and in `out` the timeline. `out` is not `plan`.
+status plan_with(const layer_problem & problem, const layer_plan & plan, int item, int device, layer_plan & out,
+                 double & makespan_us);
+
 // The makespan alone, for callers that compare many variants of a layer (impact-driven prefetch).
 status predict_makespan(const scheduler & policy, const layer_problem & problem, double & out_us);
 
