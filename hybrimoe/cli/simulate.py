@@ -204,7 +204,7 @@ def _list_profiles() -> None:
 
     rows = [[name, profiles.load(name).description] for name in profiles.names()]
     output_console().print(table(["profile", "machine"], rows))
-    note("", "replace parts: rtx4090-pcie4-ddr5:link=pcie3,ram=ddr4,gpu=rtx3060,vram=16GiB,cores=6")
+    note("", "replace parts: rtx4090-pcie4-ddr5:link=pcie3,ram=ddr4,gpu=rtx3060,gpus=2,vram=16GiB,cores=6")
 
 
 def _simulate(request: Request) -> int:

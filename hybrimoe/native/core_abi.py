@@ -422,6 +422,56 @@ class ClockResultC(ct.Structure):
     )
 
 
+class MachinePhaseC(ct.Structure):
+    """hm_machine_phase"""
+
+    _fields_ = (
+        ("from_token", ct.c_int64),
+        ("costs", _handle),
+        ("noise", ct.c_double),
+        ("outlier_share", ct.c_double),
+        ("outlier_factor", ct.c_double),
+        ("waits_every_layers", ct.c_int32),
+        ("waits_us", ct.c_double),
+    )
+
+
+class LoopOptionsC(ct.Structure):
+    """hm_loop_options"""
+
+    _fields_ = (
+        ("phases", ct.POINTER(MachinePhaseC)),
+        ("n_phases", ct.c_int32),
+        ("n_tokens", ct.c_int64),
+        ("gap_us", ct.c_double),
+        ("overhead_us", ct.c_double),
+        ("seed", ct.c_uint64),
+        ("live", ct.c_int32),
+        ("guard", ct.c_int32),
+        ("trials", ct.c_int32),
+        ("is_told", ct.c_int32),
+    )
+
+
+class LoopTokenC(ct.Structure):
+    """hm_loop_token"""
+
+    _fields_ = (
+        ("us", ct.c_double),
+        ("cpu_only_us", ct.c_double),
+        ("whole_layers_us", ct.c_double),
+        ("trying_us", ct.c_double),
+        ("n_trials", ct.c_int32),
+        ("n_gpu", ct.c_int32),
+        ("n_copies", ct.c_int32),
+        ("level", ct.c_int32),
+        ("believed_cpu", ct.c_double),
+        ("believed_gpu", ct.c_double),
+        ("believed_link", ct.c_double),
+        ("believed_dram", ct.c_double),
+    )
+
+
 # Functions that return an error code; (char * message, size_t message_size) follows the named arguments.
 _FALLIBLE: dict[str, tuple[object, ...]] = {
     "hm_costs_create": (ct.c_int32, ct.c_int32, ct.c_int32, ct.POINTER(_handle)),
@@ -490,6 +540,7 @@ _FALLIBLE: dict[str, tuple[object, ...]] = {
         ct.c_int64,
         ct.POINTER(ClockResultC),
     ),
+    "hm_runtime_closed_loop": (_handle, ct.POINTER(TraceC), ct.POINTER(LoopOptionsC), ct.c_void_p),
 }
 
 # Functions that cannot fail, or return a plain value.

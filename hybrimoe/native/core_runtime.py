@@ -27,7 +27,17 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["Decision", "EventLog", "EventType", "Runtime", "SimulatedRun", "Transfer", "TransferKind"]
+__all__ = [
+    "Decision",
+    "EventLog",
+    "EventType",
+    "GuardLevel",
+    "MachinePhase",
+    "Runtime",
+    "SimulatedRun",
+    "Transfer",
+    "TransferKind",
+]
 
 
 class TransferKind(enum.IntEnum):
@@ -52,6 +62,46 @@ class EventType(enum.IntEnum):
     LAYER_DONE = 7
     LOAD = 8
     LOADED = 9
+
+
+class GuardLevel(enum.IntEnum):
+    """What the guard has given up, from nothing to all sharing within a layer."""
+
+    FULL = 0
+    NO_PREFETCH = 1
+    NO_DEMAND_COPIES = 2
+    FROZEN = 3
+    STATIC_LAYERS = 4
+
+    @property
+    def label(self) -> str:
+        """The name that the engine's state and log use."""
+        return self.name.lower().replace("_", "-")
+
+
+@dataclass(frozen=True)
+class MachinePhase:
+    """What is true of a machine from one token on (hm_machine_phase)."""
+
+    from_token: int
+    costs: Costs
+    noise: float = 0.0  # standard deviation of the logarithm of every time
+    outlier_share: float = 0.0  # of all times, that take `outlier_factor` times as long
+    outlier_factor: float = 1.0
+    waits_every_layers: int = 0  # an accelerator's batch waits in each so-manyth layer; 0: never
+    waits_us: float = 0.0
+
+    def to_c(self) -> abi.MachinePhaseC:
+        """The structure for the library; valid as long as the costs live."""
+        return abi.MachinePhaseC(
+            self.from_token,
+            self.costs.c,
+            self.noise,
+            self.outlier_share,
+            self.outlier_factor,
+            self.waits_every_layers,
+            self.waits_us,
+        )
 
 
 @dataclass(frozen=True)
@@ -419,3 +469,40 @@ class Runtime(Handle):
         )
         totals = (out.total_us, out.experts_us, out.cpu_busy_us, out.gpu_busy_us, out.link_busy_us)
         return SimulatedRun(*totals, out.n_layers_run, rows[: min(capacity, out.n_layers_run)])
+
+    def closed_loop(
+        self,
+        trace: Trace,
+        phases: Sequence[MachinePhase],
+        n_tokens: int,
+        *,
+        gap_us: float = 0.0,
+        overhead_us: float = 0.0,
+        seed: int = 1,
+        live: bool = True,
+        guard: bool = True,
+        trials: bool = True,
+        is_told: bool = False,
+    ) -> npt.NDArray[Any]:
+        """Drives this (fresh) runtime with its governor over a trace: it decides by the costs that it was made with and
+        by what it learns, and a virtual machine executes at each phase's costs. Every token is one decoded token.
+
+        Args:
+            phases: what is true, in order, the first from token 0 on.
+            n_tokens: the trace is repeated until there are so many.
+            overhead_us: per layer, of what no plan changes.
+            live: costs follow timings; without it nothing is tried either.
+            is_told: the runtime is told each phase's costs (the oracle).
+
+        Returns:
+            [n_tokens] rows with the fields of hm_loop_token. Times are simulated.
+        """
+        import numpy as np
+
+        c_phases = (abi.MachinePhaseC * max(1, len(phases)))(*(p.to_c() for p in phases))
+        options = abi.LoopOptionsC(
+            c_phases, len(phases), n_tokens, gap_us, overhead_us, seed, live, guard, trials, is_told
+        )
+        rows = np.zeros(n_tokens, dtype=np.dtype(abi.LoopTokenC))
+        abi.call("hm_runtime_closed_loop", self.c, ct.byref(trace.to_c()), ct.byref(options), pointer(rows))
+        return rows

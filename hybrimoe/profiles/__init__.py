@@ -161,7 +161,7 @@ def names() -> list[str]:
 def load(text: str | Path) -> Machine:
     """A machine by preset name or file, with parts replaced after a colon.
 
-    `rtx4090-pcie4-ddr5:link=pcie3,ram=ddr4,gpu=rtx3060,vram=16GiB,cores=6` replaces link, memory, card, the card's
+    `rtx4090-pcie4-ddr5:link=pcie3,ram=ddr4,gpu=rtx3060,gpus=2,vram=16GiB,cores=6` replaces link, memory, card, the card's
     memory and the number of cores.
 
     Raises:
@@ -274,6 +274,8 @@ def _changed(machine: Machine, change: str) -> Machine:
             per_core = machine.cpu.macs_per_s / machine.cpu.cores
             cores = int(_positive(value, part))
             return replace(machine, cpu=replace(machine.cpu, cores=cores, macs_per_s=per_core * cores))
+        if part == "gpus" and machine.gpu is not None:
+            return replace(machine, gpu=replace(machine.gpu, count=_count(value, part)))
         if part == "vram" and machine.gpu is not None:
             from hybrimoe.config import parse_size
 
@@ -281,5 +283,5 @@ def _changed(machine: Machine, change: str) -> Machine:
     except ValueError as error:
         raise UsageError(f"'{change}' cannot replace a part of '{machine.name}': {error}") from error
     raise UsageError(
-        f"'{change}' names no part of '{machine.name}'", "parts: link=pcie3, ram=ddr4, gpu=rtx3060, vram=16GiB, cores=8"
+        f"'{change}' names no part of '{machine.name}'", "parts: link=pcie3, ram=ddr4, gpu=rtx3060, gpus=2, vram=16GiB, cores=8"
     )

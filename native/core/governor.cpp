@@ -72,6 +72,9 @@ void governor::observe(const layer_event & event, const decision & made, const l
             }
         }
         if (!loads_.empty()) {
+            cpu_batches_[next_cpu_batch_] = {timing.cpu_begin_us, timing.cpu_begin_us + timing.cpu_us,
+                                             costs_.of_layer(event.layer).bytes * static_cast<double>(loads_.size())};
+            next_cpu_batch_               = (next_cpu_batch_ + 1) % n_cpu_batches;
             estimator_.observe_cpu(event.layer, loads_.data(), static_cast<int>(loads_.size()), timing.cpu_us,
                                    timing.copied_bytes, timing.now_us);
         }
@@ -97,9 +100,18 @@ void governor::observe(const layer_event & event, const decision & made, const l
 }
 
 void governor::on_copy(int device, double bytes, double us, double now_us) {
-    if (options_.live) {
-        estimator_.observe_copy(device, bytes, us, now_us);
+    if (!options_.live) {
+        return;
     }
+    double busy_us = 0.0, read = 0.0;
+    for (const cpu_batch & b : cpu_batches_) {
+        const double both_us = std::min(now_us, b.end_us) - std::max(now_us - us, b.begin_us);
+        if (both_us > 0.0) {
+            busy_us += both_us;
+            read += b.bytes * both_us / (b.end_us - b.begin_us);
+        }
+    }
+    estimator_.observe_copy(device, bytes, us, now_us, busy_us, read);
 }
 
 double governor::plain_us() const {

@@ -38,6 +38,7 @@ struct layer_timing {
     double span_us     = 0.0;
     double overhead_us = 0.0;
     double cpu_us      = -1.0; // the CPU's experts, from when the CPU was free for them; below 0: none or not known
+    double cpu_begin_us = 0.0; // when that was, on the clock of now_us
     double gpu_us[max_devices]{};    // from the launch on
     bool gpu_is_known[max_devices]{}; // false: no experts there, or nothing is known
     bool gpu_at_most[max_devices]{};  // it had ended by then; when is not known
@@ -80,6 +81,11 @@ private:
         double cpu_us = 0.0;
         double gpu_us[max_devices]{};
     };
+    // The CPU's reads of the last layers: what copies shared the memory with.
+    struct cpu_batch {
+        double begin_us = 0.0, end_us = 0.0, bytes = 0.0;
+    };
+    static constexpr size_t n_cpu_batches = 64;
     double plain_us() const;
     void observe(const layer_event & event, const decision & made, const layer_timing & timing);
 
@@ -91,6 +97,8 @@ private:
     trials trials_;
     std::vector<plain_layer> plain_; // [n_layers], of the pass at hand
     std::vector<int32_t> loads_;
+    cpu_batch cpu_batches_[n_cpu_batches];
+    size_t next_cpu_batch_ = 0;
     int64_t n_changes_seen_ = 0;
     double pass_us_ = 0.0, overhead_us_ = 0.0, price_us_ = 0.0;
     double floor_us_ = 0.0, last_overhead_us_ = 0.0, last_pass_us_ = 0.0;

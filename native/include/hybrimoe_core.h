@@ -435,6 +435,41 @@ HM_API int hm_runtime_replay_clock(hm_runtime * runtime, const hm_trace * trace,
                                    hm_clock_layer * records, int64_t capacity, hm_clock_result * out, char * message,
                                    size_t message_size);
 
+/* What is true of a machine from one token on. */
+typedef struct hm_machine_phase {
+    int64_t from_token;
+    const hm_costs * costs;
+    double noise;          /* standard deviation of the logarithm of every time */
+    double outlier_share;  /* of all times that take outlier_factor times as long */
+    double outlier_factor;
+    int32_t waits_every_layers; /* an accelerator's batch waits in each so-manyth layer; 0: never */
+    double waits_us;
+} hm_machine_phase;
+
+typedef struct hm_loop_options {
+    const hm_machine_phase * phases; /* [n_phases], the first one from token 0 on */
+    int32_t n_phases;
+    int64_t n_tokens; /* the trace is repeated until there are so many */
+    double gap_us;
+    double overhead_us; /* per layer, of what no plan changes */
+    uint64_t seed;
+    int32_t live, guard, trials; /* 0: costs follow no timings; no guard; nothing is tried */
+    int32_t is_told;             /* the runtime is told each phase's costs: the oracle */
+} hm_loop_options;
+
+typedef struct hm_loop_token {
+    double us, cpu_only_us, whole_layers_us; /* of the MoE layers; the same by the two plain placements */
+    double trying_us;                        /* of `us`: trials, and slots filled anew */
+    int32_t n_trials, n_gpu, n_copies;
+    int32_t level; /* the guard's, after the token: 0 full .. 4 static layers */
+    /* What is believed over what is true, after the token: times of one expert, or of a byte under the ceiling. */
+    double believed_cpu, believed_gpu, believed_link, believed_dram;
+} hm_loop_token;
+
+/* A fresh runtime decides by the costs that it was made with and learns; a virtual machine executes at the true ones. */
+HM_API int hm_runtime_closed_loop(hm_runtime * runtime, const hm_trace * trace, const hm_loop_options * options,
+                                  hm_loop_token * tokens /* [n_tokens] */, char * message, size_t message_size);
+
 #ifdef __cplusplus
 }
 #endif

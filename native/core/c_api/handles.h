@@ -3,6 +3,7 @@
 
 #include "../cost_model.h"
 #include "../expert_cache.h"
+#include "../replay/cache_replay.h"
 #include "../runtime.h"
 
 #include "hybrimoe_core.h"
@@ -77,6 +78,8 @@ status make_from(const policy_table<policy> & table, const hm_policy * given, co
 }
 
 status read_cache_config(const hm_cache_config * config, cache_config & out);
+status read_trace(const hm_trace * t, replay_trace & out);
+status same_shape(const model_shape & a, const model_shape & b);
 status copy_moves(const model_shape & shape, const std::vector<slot_move> & moves, hm_slot_move * out, int32_t capacity,
                   int32_t * n_moves);
 

@@ -7,7 +7,7 @@
 
 using namespace hybrimoe;
 
-namespace {
+namespace hybrimoe {
 
 status read_trace(const hm_trace * t, replay_trace & out) {
     if (!t || !t->experts || !t->prompt_offsets) {
@@ -37,6 +37,10 @@ status same_shape(const model_shape & a, const model_shape & b) {
     }
     return {};
 }
+
+} // namespace hybrimoe
+
+namespace {
 
 // Arrays of one recorded layer event, bounds checked.
 status read_layer_event(const hm_event & e, const hm_event_arrays & arrays, const model_shape & shape,

@@ -17,6 +17,10 @@ constexpr double unit_share = 0.05;
 constexpr double ceiling_scales = 2.0;
 constexpr double ceiling_share  = 0.4;
 constexpr double slow_copies    = 1.3;
+// A copy beside the CPU that is slower than this share of what the CPU left of the ceiling is a slow copy.
+constexpr double slower_than_left = 0.8;
+// A sample of which less was alone says nothing about its own part.
+constexpr double least_alone = 0.3;
 // "At most" speaks against a cost only if it is so much below it.
 constexpr double telling_bound = 0.8;
 // A disturbance is passed on when it has changed by so much.
@@ -178,15 +182,35 @@ void cost_estimator::observe_read_rate(double bytes, double us, double now_us) {
     }
 }
 
-void cost_estimator::observe_copy(int device, double bytes, double us, double now_us) {
+void cost_estimator::observe_ceiling(double bytes, double us, double now_us) {
+    const double x[max_fit_params] = {bytes / calibrated_.dram_bytes_per_us(), 0.0, 0.0};
+    observe(dram_, followers_.back(), x, 1, us, now_us, &applied_[applied_.size() - max_fit_params]);
+}
+
+void cost_estimator::observe_copy(int device, double bytes, double us, double now_us, double cpu_busy_us,
+                                  double cpu_bytes) {
     if (device < 0 || device >= calibrated_.n_devices() || !(bytes > 0.0) || !std::isfinite(bytes)) {
         ++n_rejected_;
         return;
     }
     const auto at     = static_cast<size_t>(device);
     const double x[2] = {units_[at * max_fit_params], bytes / calibrated_.link(device).bytes_per_us};
-    observe(copies_[at], followers_[at], x, 2, us, now_us, &applied_[at * max_fit_params]);
-    observe_read_rate(bytes, us, now_us);
+    double alone_us   = us;
+    if (cpu_busy_us > 0.0 && us > 0.0 && std::isfinite(cpu_bytes) && std::isfinite(calibrated_.dram_bytes_per_us())) {
+        const double shared_us = std::min(cpu_busy_us, us);
+        const double own       = bytes / (copies_[at].predict(x) * followers_[at].now.factor());
+        const double left      = std::max(0.0, dram_bytes_per_us() - cpu_bytes / shared_us);
+        // Slower than what the CPU left: then it was not the CPU.
+        if (left < own && bytes / us > slower_than_left * left) {
+            if (us - shared_us < least_alone * us) {
+                observe_ceiling(bytes + cpu_bytes, us, now_us);
+                return;
+            }
+            alone_us = us - shared_us * (1.0 - left / own);
+        }
+    }
+    observe(copies_[at], followers_[at], x, 2, alone_us, now_us, &applied_[at * max_fit_params]);
+    observe_read_rate(bytes + cpu_bytes, us, now_us);
 }
 
 void cost_estimator::observe_cpu(int layer, const int32_t * n_tokens, int n_experts, double us, double copied_bytes,
@@ -197,29 +221,36 @@ void cost_estimator::observe_cpu(int layer, const int32_t * n_tokens, int n_expe
         ++n_rejected_;
         return;
     }
-    const auto cls       = static_cast<size_t>(calibrated_.class_of(layer));
-    const size_t index   = copies_.size() + cls;
-    cost_channel & own   = cpu_[cls];
-    follower & by        = followers_[follower_of({resource_kind::cpu, cpu_device})];
-    x[fixed_part]        = units_[index * max_fit_params];
-    const double ceiling = calibrated_.dram_bytes_per_us();
-    const double bytes   = calibrated_.of_layer(layer).bytes * n_experts + std::max(copied_bytes, 0.0);
-    if (copied_bytes > 0.0 && std::isfinite(copied_bytes) && std::isfinite(ceiling)) {
-        const double together[max_fit_params] = {bytes / ceiling, 0.0, 0.0};
-        const double expected                 = dram_.predict(together) * followers_.back().now.factor();
-        const double alone                    = own.predict(x) * by.now.factor();
-        bool are_copies_slow                  = false;
+    const auto cls     = static_cast<size_t>(calibrated_.class_of(layer));
+    const size_t index = copies_.size() + cls;
+    cost_channel & own = cpu_[cls];
+    follower & by      = followers_[follower_of({resource_kind::cpu, cpu_device})];
+    x[fixed_part]      = units_[index * max_fit_params];
+    const double read  = calibrated_.of_layer(layer).bytes * n_experts;
+    const double bytes = read + (copied_bytes > 0.0 && std::isfinite(copied_bytes) ? copied_bytes : 0.0);
+    double alone_us    = us;
+    if (bytes > read && std::isfinite(calibrated_.dram_bytes_per_us())) {
+        const double ceiling  = dram_bytes_per_us();
+        const double expected = bytes / ceiling;
+        const double alone    = own.predict(x) * by.now.factor();
+        double links          = 0.0; // rate of all of them
+        bool are_copies_slow  = false;
         for (int d = 0; d < calibrated_.n_devices(); ++d) {
-            are_copies_slow = are_copies_slow || followers_[static_cast<size_t>(d)].now.factor() > slow_copies ||
-                              followers_[static_cast<size_t>(d)].last_ratio > slow_copies;
+            const follower & link = followers_[static_cast<size_t>(d)];
+            are_copies_slow = are_copies_slow || link.now.factor() > slow_copies || link.last_ratio > slow_copies;
+            links += link_bytes_per_us(d);
         }
+        const double speed     = std::min(1.0, ceiling / (read / alone + links));
+        const double shared_us = std::min(us, (bytes - read) / (speed * links));
+        const bool is_shared   = us - shared_us < least_alone * us;
         if (std::max(expected, us) > alone * (1.0 + ceiling_scales * own.residual()) &&
-            (us * ceiling_share < expected || are_copies_slow)) {
-            observe(dram_, followers_.back(), together, 1, us, now_us, &applied_[applied_.size() - max_fit_params]);
+            (are_copies_slow || (is_shared && us * ceiling_share < expected))) {
+            observe_ceiling(bytes, us, now_us);
             return;
         }
+        alone_us = is_shared ? us : us - shared_us * (1.0 - speed);
     }
-    observe(own, by, x, 3, us, now_us, &applied_[index * max_fit_params]);
+    observe(own, by, x, 3, alone_us, now_us, &applied_[index * max_fit_params]);
     observe_read_rate(bytes, us, now_us);
 }
 

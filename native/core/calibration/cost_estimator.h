@@ -14,9 +14,10 @@
 //
 // How timings are explained, with c(n) the calibrated curve of an expert with n tokens:
 //   copy   latency + bytes / bandwidth
-//   CPU    first expert + step, sum of c(1), sum of c(n) - c(1); a batch that the shared DRAM ceiling explains better
-//          (its reads and the bytes copied meanwhile) moves the ceiling instead. What was read faster than the
-//          ceiling allows shows that the ceiling is higher.
+//   CPU    first expert + step, sum of c(1), sum of c(n) - c(1)
+//   both   While they run at once and ask for more than the DRAM ceiling, each gets its share of it. The time that this
+//          takes is left out of a sample; a sample that was mostly such time is about the ceiling. What was read
+//          faster than the ceiling allows shows that the ceiling is higher.
 //   GPU    step, sum of c(1), sum of c(n) - c(1)
 #pragma once
 
@@ -74,8 +75,10 @@ public:
     void next_pass() { ++pass_; }
     int64_t pass() const { return pass_; }
 
-    // One expert's copy, or any other: its bytes, and the time from its start on an idle link to its end.
-    void observe_copy(int device, double bytes, double us, double now_us);
+    // One expert's copy, or any other: its bytes, and the time from its start on an idle link to its end. For
+    // cpu_busy_us of it the CPU read cpu_bytes.
+    void observe_copy(int device, double bytes, double us, double now_us, double cpu_busy_us = 0.0,
+                      double cpu_bytes = 0.0);
     // One CPU batch of a layer: n_tokens[n_experts] of its experts; copied_bytes were copied to accelerators meanwhile.
     void observe_cpu(int layer, const int32_t * n_tokens, int n_experts, double us, double copied_bytes, double now_us);
     // One GPU batch of a layer, without waiting for copies. `at_most`: it had ended by then, nobody saw when.
@@ -119,6 +122,7 @@ private:
                  double * applied);
     void observe_bound(const cost_channel & channel, follower & by, const double * x, double us, double now_us);
     void observe_read_rate(double bytes, double us, double now_us);
+    void observe_ceiling(double bytes, double us, double now_us);
     void follow(follower & by, double deviation, double residual);
     drift_report describe(size_t index, const channel_change & change) const;
 
