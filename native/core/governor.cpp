@@ -1,6 +1,7 @@
 #include "governor.h"
 
 #include <algorithm>
+#include <cmath>
 
 namespace hybrimoe {
 
@@ -72,9 +73,13 @@ void governor::observe(const layer_event & event, const decision & made, const l
             }
         }
         if (!loads_.empty()) {
-            cpu_batches_[next_cpu_batch_] = {timing.cpu_begin_us, timing.cpu_begin_us + timing.cpu_us,
-                                             costs_.of_layer(event.layer).bytes * static_cast<double>(loads_.size())};
-            next_cpu_batch_               = (next_cpu_batch_ + 1) % n_cpu_batches;
+            double alone_us = costs_.step_us(cpu_device) + costs_.of_layer(event.layer).cpu_first_us;
+            for (const int32_t n : loads_) {
+                alone_us += costs_.t_cpu(event.layer, n, false);
+            }
+            const double bytes = costs_.of_layer(event.layer).bytes * static_cast<double>(loads_.size());
+            keep({cpu_device, timing.cpu_begin_us, timing.cpu_begin_us + timing.cpu_us, bytes,
+                  bytes / std::max(alone_us, 1e-3)});
             estimator_.observe_cpu(event.layer, loads_.data(), static_cast<int>(loads_.size()), timing.cpu_us,
                                    timing.copied_bytes, timing.now_us);
         }
@@ -103,15 +108,68 @@ void governor::on_copy(int device, double bytes, double us, double now_us) {
     if (!options_.live) {
         return;
     }
-    double busy_us = 0.0, read = 0.0;
-    for (const cpu_batch & b : cpu_batches_) {
-        const double both_us = std::min(now_us, b.end_us) - std::max(now_us - us, b.begin_us);
-        if (both_us > 0.0) {
-            busy_us += both_us;
-            read += b.bytes * both_us / (b.end_us - b.begin_us);
+    estimator_.observe_copy(device, bytes, us, now_us, beside(device, now_us - us, now_us));
+    keep({device, now_us - us, now_us, bytes, bytes / costs_.t_copy(device, bytes)});
+}
+
+void governor::keep(const reading & one) {
+    readings_[next_reading_] = one;
+    next_reading_            = (next_reading_ + 1) % n_readings;
+}
+
+// In every moment the ceiling is shared in proportion to what is asked for.
+memory_share governor::beside(int device, double begin_us, double end_us) const {
+    memory_share out;
+    const double ceiling = costs_.dram_bytes_per_us();
+    if (!std::isfinite(ceiling) || !(end_us > begin_us)) {
+        return out;
+    }
+    reading others[n_readings + max_devices];
+    size_t n         = 0;
+    const auto clamp = [&](reading r) {
+        const double first = std::max(r.begin_us, begin_us), last = std::min(r.end_us, end_us);
+        if (r.device != device && last > first) {
+            out.bytes += r.bytes * (last - first) / (r.end_us - r.begin_us);
+            r.begin_us  = first;
+            r.end_us    = last;
+            others[n++] = r;
+        }
+    };
+    for (const reading & r : readings_) {
+        clamp(r);
+    }
+    // Copies on other links that have not ended yet: as they were planned.
+    bool is_seen[max_devices]{};
+    for (const transfer & t : runtime_->in_flight()) {
+        if (!is_seen[t.device]) {
+            is_seen[t.device] = true;
+            clamp({t.device, t.start_us, std::max(t.end_us, t.start_us + 1e-3), t.bytes,
+                   t.bytes / costs_.t_copy(t.device, t.bytes)});
         }
     }
-    estimator_.observe_copy(device, bytes, us, now_us, busy_us, read);
+    double edges[2 * (n_readings + max_devices) + 2];
+    size_t n_edges   = 0;
+    edges[n_edges++] = begin_us;
+    edges[n_edges++] = end_us;
+    for (size_t i = 0; i < n; ++i) {
+        edges[n_edges++] = others[i].begin_us;
+        edges[n_edges++] = others[i].end_us;
+    }
+    std::sort(edges, edges + n_edges);
+    const double own = costs_.link(device).bytes_per_us;
+    double speed_us = 0.0, shared_us = 0.0;
+    for (size_t e = 0; e + 1 < n_edges; ++e) {
+        double asked = own;
+        for (size_t i = 0; i < n; ++i) {
+            asked += others[i].begin_us <= edges[e] && others[i].end_us >= edges[e + 1] ? others[i].asked : 0.0;
+        }
+        const double us = edges[e + 1] - edges[e];
+        speed_us += us * std::min(1.0, ceiling / asked);
+        shared_us += asked > ceiling ? us : 0.0;
+    }
+    out.speed  = speed_us / (end_us - begin_us);
+    out.shared = shared_us / (end_us - begin_us);
+    return out;
 }
 
 double governor::plain_us() const {

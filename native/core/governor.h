@@ -81,11 +81,15 @@ private:
         double cpu_us = 0.0;
         double gpu_us[max_devices]{};
     };
-    // The CPU's reads of the last layers: what copies shared the memory with.
-    struct cpu_batch {
+    // What read the memory lately: CPU batches (device cpu_device) and copies.
+    struct reading {
+        int device      = cpu_device;
         double begin_us = 0.0, end_us = 0.0, bytes = 0.0;
+        double asked = 0.0; // bytes per microsecond that it would have read alone
     };
-    static constexpr size_t n_cpu_batches = 64;
+    static constexpr size_t n_readings = 128;
+    void keep(const reading & one);
+    memory_share beside(int device, double begin_us, double end_us) const;
     double plain_us() const;
     void observe(const layer_event & event, const decision & made, const layer_timing & timing);
 
@@ -97,8 +101,8 @@ private:
     trials trials_;
     std::vector<plain_layer> plain_; // [n_layers], of the pass at hand
     std::vector<int32_t> loads_;
-    cpu_batch cpu_batches_[n_cpu_batches];
-    size_t next_cpu_batch_ = 0;
+    reading readings_[n_readings];
+    size_t next_reading_ = 0;
     int64_t n_changes_seen_ = 0;
     double pass_us_ = 0.0, overhead_us_ = 0.0, price_us_ = 0.0;
     double floor_us_ = 0.0, last_overhead_us_ = 0.0, last_pass_us_ = 0.0;

@@ -17,8 +17,6 @@ constexpr double unit_share = 0.05;
 constexpr double ceiling_scales = 2.0;
 constexpr double ceiling_share  = 0.4;
 constexpr double slow_copies    = 1.3;
-// A copy beside the CPU that is slower than this share of what the CPU left of the ceiling is a slow copy.
-constexpr double slower_than_left = 0.8;
 // A sample of which less was alone says nothing about its own part.
 constexpr double least_alone = 0.3;
 // "At most" speaks against a cost only if it is so much below it.
@@ -130,7 +128,10 @@ void cost_estimator::follow(follower & by, double deviation, double residual) {
 
 void cost_estimator::observe(cost_channel & channel, follower & by, const double * x, int n, double us, double now_us,
                              double * applied) {
-    const double expected = channel.predict(x);
+    double expected = 0.0; // by the lasting costs that plans use
+    for (int i = 0; i < n; ++i) {
+        expected += x[i] * applied[i];
+    }
     const int64_t n_steps = channel.n_steps();
     const double residual = channel.residual();
     if (!channel.observe(x, us, {now_us, pass_}, by.now.factor())) {
@@ -165,8 +166,8 @@ void cost_estimator::observe_bound(const cost_channel & channel, follower & by, 
         ++n_rejected_;
         return;
     }
-    by.last = {now_us, pass_};
     if (us < telling_bound * expected * by.now.factor()) {
+        by.last = {now_us, pass_};
         by.last_ratio = us / (expected * by.now.factor());
         follow(by, std::log(us / expected), channel.residual());
     }
@@ -187,30 +188,21 @@ void cost_estimator::observe_ceiling(double bytes, double us, double now_us) {
     observe(dram_, followers_.back(), x, 1, us, now_us, &applied_[applied_.size() - max_fit_params]);
 }
 
-void cost_estimator::observe_copy(int device, double bytes, double us, double now_us, double cpu_busy_us,
-                                  double cpu_bytes) {
+void cost_estimator::observe_copy(int device, double bytes, double us, double now_us, const memory_share & beside) {
     if (device < 0 || device >= calibrated_.n_devices() || !(bytes > 0.0) || !std::isfinite(bytes)) {
         ++n_rejected_;
         return;
     }
-    const auto at     = static_cast<size_t>(device);
-    const double x[2] = {units_[at * max_fit_params], bytes / calibrated_.link(device).bytes_per_us};
-    double alone_us   = us;
-    if (cpu_busy_us > 0.0 && us > 0.0 && std::isfinite(cpu_bytes) && std::isfinite(calibrated_.dram_bytes_per_us())) {
-        const double shared_us = std::min(cpu_busy_us, us);
-        const double own       = bytes / (copies_[at].predict(x) * followers_[at].now.factor());
-        const double left      = std::max(0.0, dram_bytes_per_us() - cpu_bytes / shared_us);
-        // Slower than what the CPU left: then it was not the CPU.
-        if (left < own && bytes / us > slower_than_left * left) {
-            if (us - shared_us < least_alone * us) {
-                observe_ceiling(bytes + cpu_bytes, us, now_us);
-                return;
-            }
-            alone_us = us - shared_us * (1.0 - left / own);
-        }
+    const auto at      = static_cast<size_t>(device);
+    const double x[2]  = {units_[at * max_fit_params], bytes / calibrated_.link(device).bytes_per_us};
+    const double speed = std::clamp(beside.speed, 0.01, 1.0);
+    const double alone = copies_[at].predict(x) * followers_[at].now.factor();
+    if (speed < 1.0 && beside.shared > 1.0 - least_alone && us * speed < slow_copies * alone) {
+        observe_ceiling(bytes + beside.bytes, us, now_us);
+        return;
     }
-    observe(copies_[at], followers_[at], x, 2, alone_us, now_us, &applied_[at * max_fit_params]);
-    observe_read_rate(bytes + cpu_bytes, us, now_us);
+    observe(copies_[at], followers_[at], x, 2, us * speed, now_us, &applied_[at * max_fit_params]);
+    observe_read_rate(bytes + beside.bytes, us, now_us);
 }
 
 void cost_estimator::observe_cpu(int layer, const int32_t * n_tokens, int n_experts, double us, double copied_bytes,
@@ -359,12 +351,18 @@ status cost_estimator::apply(cost_model & out) {
         HYBRIMOE_TRY(out.set_link(d, s[0] * unit * now, calibrated_.link(d).bytes_per_us / (s[1] * now)));
     }
     const double cpu_now = followers_[follower_of({resource_kind::cpu, cpu_device})].applied;
+    // Step and first expert show as one. The step is that of all classes, so it is no more than any of them has.
+    const auto cpu_fixed_us = [&](int c, size_t at) { return lasting(cpu(c), at)[fixed_part] * units_[at * max_fit_params] * cpu_now; };
+    double step_us = calibrated_.step_us(cpu_device);
+    for (int c = 0; c < calibrated_.n_classes(); ++c) {
+        step_us = std::min(step_us, cpu_fixed_us(c, index + static_cast<size_t>(c)));
+    }
+    HYBRIMOE_TRY(out.set_step(cpu_device, step_us));
     for (int c = 0; c < calibrated_.n_classes(); ++c, ++index) {
-        const double * s   = lasting(cpu(c), index);
-        const double both  = s[fixed_part] * units_[index * max_fit_params] * cpu_now;
-        const double first = std::max(0.0, both - calibrated_.step_us(cpu_device));
+        const double * s = lasting(cpu(c), index);
         HYBRIMOE_TRY(
-            out.set_cpu(c, calibrated_.of_class(c).cpu.scaled(s[weights_part] * cpu_now, s[tokens_part] * cpu_now), first));
+            out.set_cpu(c, calibrated_.of_class(c).cpu.scaled(s[weights_part] * cpu_now, s[tokens_part] * cpu_now),
+                        cpu_fixed_us(c, index) - step_us));
     }
     double step_sum[max_devices] = {}, step_weight[max_devices] = {};
     for (int c = 0; c < calibrated_.n_classes(); ++c) {

@@ -66,6 +66,13 @@ struct drift_report {
     double since_us        = 0.0; // time of the first sample that showed it
 };
 
+// What else read the memory during a copy.
+struct memory_share {
+    double speed  = 1.0; // that the DRAM ceiling left it, by the costs believed, over that of a copy alone
+    double shared = 0.0; // share of its time in which that was below 1
+    double bytes  = 0.0; // that the others read meanwhile
+};
+
 class cost_estimator {
 public:
     // Refuses a cost model that lacks a cost (cost_model::check).
@@ -75,10 +82,8 @@ public:
     void next_pass() { ++pass_; }
     int64_t pass() const { return pass_; }
 
-    // One expert's copy, or any other: its bytes, and the time from its start on an idle link to its end. For
-    // cpu_busy_us of it the CPU read cpu_bytes.
-    void observe_copy(int device, double bytes, double us, double now_us, double cpu_busy_us = 0.0,
-                      double cpu_bytes = 0.0);
+    // One expert's copy, or any other: its bytes, and the time from its start on an idle link to its end.
+    void observe_copy(int device, double bytes, double us, double now_us, const memory_share & beside = {});
     // One CPU batch of a layer: n_tokens[n_experts] of its experts; copied_bytes were copied to accelerators meanwhile.
     void observe_cpu(int layer, const int32_t * n_tokens, int n_experts, double us, double copied_bytes, double now_us);
     // One GPU batch of a layer, without waiting for copies. `at_most`: it had ended by then, nobody saw when.

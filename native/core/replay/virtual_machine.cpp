@@ -212,9 +212,12 @@ void virtual_machine::run_layer(const layer_event & event, const decision & made
             continue;
         }
         out.gpu_is_known[d] = true;
-        out.gpu_at_most[d]  = gpu_us_of[d] <= end_us;
+        // A device that is looked at is timed by itself.
+        const bool is_timed = event.trial.wanted && event.trial.what.kind == resource_kind::gpu &&
+                              event.trial.what.device == d;
+        out.gpu_at_most[d]  = gpu_us_of[d] <= end_us && !is_timed;
         end_us              = std::max(end_us, gpu_us_of[d]);
-        out.gpu_us[d]       = end_us;
+        out.gpu_us[d]       = is_timed ? gpu_us_of[d] : end_us;
     }
     run_until(begin_us + end_us + options_.overhead_us);
     out.span_us     = now_us_ - begin_us;
