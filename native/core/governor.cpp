@@ -5,6 +5,12 @@
 
 namespace hybrimoe {
 
+namespace {
+
+constexpr double refuting = 1.3;
+
+} // namespace
+
 status governor::create(const cost_model & calibrated, const governor_options & options, runtime & rt, governor & out) {
     governor made;
     made.options_ = options;
@@ -34,6 +40,7 @@ void governor::begin_pass() {
 }
 
 bool governor::begin_layer(layer_event & event) {
+    settle();
     event.trial      = options_.live ? trials_.next(estimator_) : trial_request();
     event.calibrated = &estimator_.calibrated();
     return options_.live && estimator_.moved() && estimator_.apply(costs_).ok() && runtime_->set_costs(costs_).ok();
@@ -53,63 +60,80 @@ void governor::end_layer(const layer_event & event, const decision & made, const
             plain.gpu_us[d] += costs_.t_gpu(event.layer, d, w.n_tokens);
         }
     }
-    if (options_.live && timing.is_complete) {
-        observe(event, made, timing);
+    settle();
+    layer_sample & s = sample_;
+    s.is_new         = options_.live;
+    s.timing         = timing;
+    s.layer          = event.layer;
+    s.is_tried       = made.is_tried;
+    s.tried          = event.trial.what;
+    s.price_us       = made.is_tried ? std::max(0.0, timing.span_us - timing.overhead_us - made.untried_us) : 0.0;
+    price_us_ += s.price_us;
+    for (auto & loads : s.loads) {
+        loads.clear();
     }
-    if (made.is_tried) {
-        const double without = made.untried_us + timing.overhead_us;
-        const double price   = std::max(0.0, timing.span_us - without);
-        price_us_ += price;
-        trials_.on_tried(event.trial.what, price, estimator_);
-    }
-}
-
-void governor::observe(const layer_event & event, const decision & made, const layer_timing & timing) {
-    if (timing.cpu_us >= 0.0) {
-        loads_.clear();
-        for (size_t i = 0; i < made.items.size(); ++i) {
-            if (made.plan.placements[i].device == cpu_device) {
-                loads_.push_back(made.items[i].n_tokens);
-            }
-        }
-        if (!loads_.empty()) {
-            double alone_us = costs_.step_us(cpu_device) + costs_.of_layer(event.layer).cpu_first_us;
-            for (const int32_t n : loads_) {
-                alone_us += costs_.t_cpu(event.layer, n, false);
-            }
-            const double bytes = costs_.of_layer(event.layer).bytes * static_cast<double>(loads_.size());
-            keep({cpu_device, timing.cpu_begin_us, timing.cpu_begin_us + timing.cpu_us, bytes,
-                  bytes / std::max(alone_us, 1e-3)});
-            estimator_.observe_cpu(event.layer, loads_.data(), static_cast<int>(loads_.size()), timing.cpu_us,
-                                   timing.copied_bytes, timing.now_us);
+    bool waits_for_copy[max_devices]{};
+    for (size_t i = 0; i < made.items.size(); ++i) {
+        const placement & at = made.plan.placements[i];
+        s.loads[at.device + 1].push_back(made.items[i].n_tokens);
+        if (at.device != cpu_device) {
+            waits_for_copy[at.device] = waits_for_copy[at.device] || at.copied || made.items[i].loading;
         }
     }
     for (int d = 0; d < costs_.n_devices(); ++d) {
-        if (!timing.gpu_is_known[d]) {
-            continue;
-        }
-        loads_.clear();
-        bool waits_for_copy = false;
-        for (size_t i = 0; i < made.items.size(); ++i) {
-            if (made.plan.placements[i].device == d) {
-                loads_.push_back(made.items[i].n_tokens);
-                waits_for_copy = waits_for_copy || made.plan.placements[i].copied || made.items[i].loading;
-            }
-        }
         // A copy that it waited for is the link's time, not the accelerator's.
-        if (!loads_.empty() && !waits_for_copy) {
-            estimator_.observe_gpu(event.layer, d, loads_.data(), static_cast<int>(loads_.size()), timing.gpu_us[d],
-                                   timing.now_us, timing.gpu_at_most[d]);
+        if (waits_for_copy[d] || !timing.gpu_is_known[d]) {
+            s.loads[d + 1].clear();
         }
+    }
+    if (timing.cpu_us >= 0.0 && !s.loads[0].empty()) {
+        double alone_us = costs_.step_us(cpu_device) + costs_.of_layer(event.layer).cpu_first_us;
+        for (const int32_t n : s.loads[0]) {
+            alone_us += costs_.t_cpu(event.layer, n, false);
+        }
+        const double bytes = costs_.of_layer(event.layer).bytes * static_cast<double>(s.loads[0].size());
+        keep({cpu_device, timing.cpu_begin_us, timing.cpu_begin_us + timing.cpu_us, bytes,
+              bytes / std::max(alone_us, 1e-3)});
     }
 }
 
 void governor::on_copy(int device, double bytes, double us, double now_us) {
-    if (!options_.live) {
+    if (options_.live && us > 0.0) {
+        copies_.push_back({device, bytes, us, now_us});
+        keep({device, now_us - us, now_us, bytes, bytes / costs_.t_copy(device, bytes)});
+        link_end_us_[device] = now_us;
+    }
+}
+
+// A layer and the copies that ended in it are looked at together: each slows the others down.
+void governor::settle() {
+    for (const copy_sample & c : copies_) {
+        const reading own = {c.device, c.now_us - c.us, c.now_us, c.bytes, c.bytes / costs_.t_copy(c.device, c.bytes)};
+        estimator_.observe_copy(c.device, c.bytes, c.us, c.now_us, beside(own));
+    }
+    copies_.clear();
+    if (!sample_.is_new) {
         return;
     }
-    estimator_.observe_copy(device, bytes, us, now_us, beside(device, now_us - us, now_us));
-    keep({device, now_us - us, now_us, bytes, bytes / costs_.t_copy(device, bytes)});
+    sample_.is_new         = false;
+    const layer_timing & t = sample_.timing;
+    const auto n_of        = [this](int device) { return static_cast<int>(sample_.loads[device + 1].size()); };
+    if (t.is_complete && t.cpu_us >= 0.0 && n_of(cpu_device) > 0) {
+        reading own;
+        for (const reading & r : readings_) {
+            own = r.device == cpu_device && r.begin_us == t.cpu_begin_us ? r : own;
+        }
+        estimator_.observe_cpu(sample_.layer, sample_.loads[0].data(), n_of(cpu_device), t.cpu_us, t.now_us, beside(own));
+    }
+    for (int d = 0; t.is_complete && d < costs_.n_devices(); ++d) {
+        if (n_of(d) > 0) {
+            estimator_.observe_gpu(sample_.layer, d, sample_.loads[d + 1].data(), n_of(d), t.gpu_us[d], t.now_us,
+                                   t.gpu_at_most[d]);
+        }
+    }
+    if (sample_.is_tried) {
+        trials_.on_tried(sample_.tried, sample_.price_us, estimator_);
+    }
 }
 
 void governor::keep(const reading & one) {
@@ -118,17 +142,17 @@ void governor::keep(const reading & one) {
 }
 
 // In every moment the ceiling is shared in proportion to what is asked for.
-memory_share governor::beside(int device, double begin_us, double end_us) const {
+memory_share governor::beside(const reading & own) const {
     memory_share out;
-    const double ceiling = costs_.dram_bytes_per_us();
-    if (!std::isfinite(ceiling) || !(end_us > begin_us)) {
+    const double whole_us = own.end_us - own.begin_us;
+    if (!std::isfinite(costs_.dram_bytes_per_us()) || !(whole_us > 0.0)) {
         return out;
     }
     reading others[n_readings + max_devices];
-    size_t n         = 0;
-    const auto clamp = [&](reading r) {
-        const double first = std::max(r.begin_us, begin_us), last = std::min(r.end_us, end_us);
-        if (r.device != device && last > first) {
+    size_t n        = 0;
+    const auto look = [&](reading r) {
+        const double first = std::max(r.begin_us, own.begin_us), last = std::min(r.end_us, own.end_us);
+        if (r.device != own.device && last > first) {
             out.bytes += r.bytes * (last - first) / (r.end_us - r.begin_us);
             r.begin_us  = first;
             r.end_us    = last;
@@ -136,30 +160,33 @@ memory_share governor::beside(int device, double begin_us, double end_us) const 
         }
     };
     for (const reading & r : readings_) {
-        clamp(r);
+        look(r);
     }
-    // Copies on other links that have not ended yet: as they were planned.
+    // The copy that a link is at began when the one before it ended.
     bool is_seen[max_devices]{};
     for (const transfer & t : runtime_->in_flight()) {
         if (!is_seen[t.device]) {
-            is_seen[t.device] = true;
-            clamp({t.device, t.start_us, std::max(t.end_us, t.start_us + 1e-3), t.bytes,
-                   t.bytes / costs_.t_copy(t.device, t.bytes)});
+            is_seen[t.device]  = true;
+            const double asked = t.bytes / costs_.t_copy(t.device, t.bytes);
+            const double begin = std::max(link_end_us_[t.device], t.start_us);
+            look({t.device, begin, own.end_us, asked * std::max(0.0, own.end_us - begin), asked});
         }
     }
     double edges[2 * (n_readings + max_devices) + 2];
     size_t n_edges   = 0;
-    edges[n_edges++] = begin_us;
-    edges[n_edges++] = end_us;
+    edges[n_edges++] = own.begin_us;
+    edges[n_edges++] = own.end_us;
     for (size_t i = 0; i < n; ++i) {
         edges[n_edges++] = others[i].begin_us;
         edges[n_edges++] = others[i].end_us;
     }
     std::sort(edges, edges + n_edges);
-    const double own = costs_.link(device).bytes_per_us;
+    // A rate that is clearly above the ceiling refutes it.
+    const double reached = (own.bytes + out.bytes) / whole_us;
+    const double ceiling = reached > refuting * costs_.dram_bytes_per_us() ? reached : costs_.dram_bytes_per_us();
     double speed_us = 0.0, shared_us = 0.0;
     for (size_t e = 0; e + 1 < n_edges; ++e) {
-        double asked = own;
+        double asked = own.asked;
         for (size_t i = 0; i < n; ++i) {
             asked += others[i].begin_us <= edges[e] && others[i].end_us >= edges[e + 1] ? others[i].asked : 0.0;
         }
@@ -167,8 +194,8 @@ memory_share governor::beside(int device, double begin_us, double end_us) const 
         speed_us += us * std::min(1.0, ceiling / asked);
         shared_us += asked > ceiling ? us : 0.0;
     }
-    out.speed  = speed_us / (end_us - begin_us);
-    out.shared = shared_us / (end_us - begin_us);
+    out.speed  = speed_us / whole_us;
+    out.shared = shared_us / whole_us;
     return out;
 }
 
@@ -199,6 +226,7 @@ double governor::plain_us() const {
 }
 
 bool governor::end_pass(bool is_decode, guard_change & change) {
+    settle();
     last_pass_us_     = pass_us_;
     last_overhead_us_ = overhead_us_;
     floor_us_         = plain_us();

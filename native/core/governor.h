@@ -42,7 +42,6 @@ struct layer_timing {
     double gpu_us[max_devices]{};    // from the launch on
     bool gpu_is_known[max_devices]{}; // false: no experts there, or nothing is known
     bool gpu_at_most[max_devices]{};  // it had ended by then; when is not known
-    double copied_bytes = 0.0;        // copied while the CPU computed
     double now_us       = 0.0;
 };
 
@@ -88,10 +87,23 @@ private:
         double asked = 0.0; // bytes per microsecond that it would have read alone
     };
     static constexpr size_t n_readings = 128;
+    struct layer_sample { // what end_layer() was told
+        bool is_new = false;
+        layer_timing timing;
+        int layer = 0;
+        std::vector<int32_t> loads[max_devices + 1]; // of the CPU's experts, then of each device's without copies
+        bool is_tried = false;
+        resource tried;
+        double price_us = 0.0;
+    };
+    struct copy_sample {
+        int device;
+        double bytes, us, now_us;
+    };
     void keep(const reading & one);
-    memory_share beside(int device, double begin_us, double end_us) const;
+    memory_share beside(const reading & own) const;
+    void settle();
     double plain_us() const;
-    void observe(const layer_event & event, const decision & made, const layer_timing & timing);
 
     governor_options options_;
     runtime * runtime_ = nullptr;
@@ -100,9 +112,11 @@ private:
     guard guard_;
     trials trials_;
     std::vector<plain_layer> plain_; // [n_layers], of the pass at hand
-    std::vector<int32_t> loads_;
+    layer_sample sample_;
+    std::vector<copy_sample> copies_;
     reading readings_[n_readings];
     size_t next_reading_ = 0;
+    double link_end_us_[max_devices]{}; // of the last copy that ended
     int64_t n_changes_seen_ = 0;
     double pass_us_ = 0.0, overhead_us_ = 0.0, price_us_ = 0.0;
     double floor_us_ = 0.0, last_overhead_us_ = 0.0, last_pass_us_ = 0.0;

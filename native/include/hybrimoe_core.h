@@ -116,7 +116,7 @@ HM_API int hm_costs_expert_us(const hm_costs * costs, int32_t layer, int32_t dev
 HM_API double hm_costs_step_us(const hm_costs * costs, int32_t device);
 HM_API double hm_costs_dram(const hm_costs * costs);
 
-/* ---- calibration: fits and the live cost model ---------------------------------------------------------------- */
+/* ---- calibration: fits ---------------------------------------------------------------------------------------- */
 
 #define HM_MAX_FIT_PARAMS 3
 
@@ -129,33 +129,6 @@ typedef struct hm_fit {
 /* Robust fit of y = sum_i x[i] params[i] with params >= 0 on relative residuals (Huber). */
 HM_API int hm_fit_costs(const double * x /* [n_samples, n_params] */, const double * y /* [n_samples] */,
                         int32_t n_samples, int32_t n_params, hm_fit * out, char * message, size_t message_size);
-
-/* Follows costs by the timings of real work, from a calibration on. See core/calibration/cost_estimator.h. */
-typedef struct hm_estimator hm_estimator;
-
-typedef enum hm_cost_kind { HM_COST_COPY, HM_COST_CPU, HM_COST_GPU, HM_COST_DRAM } hm_cost_kind;
-
-typedef struct hm_drift {
-    int32_t kind, device, cls;   /* cls: layer class of CPU and GPU costs, else -1 */
-    const char * parameter;      /* "latency", "bandwidth", "step", "weights" or "tokens" */
-    double old_value, new_value; /* bytes per microsecond for bandwidths, else microseconds */
-    double since_us;             /* time of the first sample that showed it */
-} hm_drift;
-
-/* memory_samples: after how many an old sample counts 1/e; 0: the default. */
-HM_API int hm_estimator_create(const hm_costs * calibrated, double memory_samples, hm_estimator ** out, char * message,
-                               size_t message_size);
-HM_API void hm_estimator_destroy(hm_estimator * estimator);
-HM_API void hm_estimator_observe_copy(hm_estimator * estimator, int32_t device, double bytes, double us, double now_us);
-HM_API void hm_estimator_observe_cpu(hm_estimator * estimator, int32_t layer, const int32_t * n_tokens,
-                                     int32_t n_experts, double us, double copied_bytes, double now_us);
-HM_API void hm_estimator_observe_gpu(hm_estimator * estimator, int32_t layer, int32_t device, const int32_t * n_tokens,
-                                     int32_t n_experts, double us, double now_us);
-HM_API int32_t hm_estimator_moved(const hm_estimator * estimator);
-HM_API int hm_estimator_apply(hm_estimator * estimator, hm_costs * costs, char * message, size_t message_size);
-/* 1 and a report, or 0 when there is none left. */
-HM_API int32_t hm_estimator_next_drift(hm_estimator * estimator, hm_drift * out);
-HM_API int64_t hm_estimator_n_rejected(const hm_estimator * estimator);
 
 /* ---- scheduling one layer ------------------------------------------------------------------------------------- */
 

@@ -1,20 +1,8 @@
-#include "../calibration/cost_estimator.h"
+#include "../calibration/robust_fit.h"
 
 #include "handles.h"
 
 using namespace hybrimoe;
-
-struct hm_estimator {
-    cost_estimator estimator;
-};
-
-namespace {
-
-status null_estimator() {
-    return null_argument("estimator");
-}
-
-} // namespace
 
 extern "C" {
 
@@ -34,71 +22,6 @@ int hm_fit_costs(const double * x, const double * y, int32_t n_samples, int32_t 
         out->n_outliers   = found.n_outliers;
         return {};
     });
-}
-
-int hm_estimator_create(const hm_costs * calibrated, double memory_samples, hm_estimator ** out, char * message,
-                        size_t message_size) {
-    return guarded(message, message_size, [&]() -> status {
-        if (!calibrated || !out) {
-            return null_argument("calibrated or out");
-        }
-        estimator_options options;
-        if (memory_samples != 0.0) {
-            options.memory = memory_samples;
-        }
-        auto made = std::make_unique<hm_estimator>();
-        HYBRIMOE_TRY(cost_estimator::create(calibrated->model, options, made->estimator));
-        *out = made.release();
-        return {};
-    });
-}
-
-void hm_estimator_destroy(hm_estimator * estimator) {
-    delete estimator;
-}
-
-void hm_estimator_observe_copy(hm_estimator * e, int32_t device, double bytes, double us, double now_us) {
-    if (e) {
-        e->estimator.observe_copy(device, bytes, us, now_us);
-    }
-}
-
-void hm_estimator_observe_cpu(hm_estimator * e, int32_t layer, const int32_t * n_tokens, int32_t n_experts, double us,
-                              double copied_bytes, double now_us) {
-    if (e) {
-        e->estimator.observe_cpu(layer, n_tokens, n_experts, us, copied_bytes, now_us);
-    }
-}
-
-void hm_estimator_observe_gpu(hm_estimator * e, int32_t layer, int32_t device, const int32_t * n_tokens,
-                              int32_t n_experts, double us, double now_us) {
-    if (e) {
-        e->estimator.observe_gpu(layer, device, n_tokens, n_experts, us, now_us);
-    }
-}
-
-int32_t hm_estimator_moved(const hm_estimator * e) {
-    return e && e->estimator.moved() ? 1 : 0;
-}
-
-int hm_estimator_apply(hm_estimator * e, hm_costs * costs, char * message, size_t message_size) {
-    return leave(!e       ? null_estimator()
-                 : !costs ? null_argument("costs")
-                          : e->estimator.apply(costs->model),
-                 message, message_size);
-}
-
-int32_t hm_estimator_next_drift(hm_estimator * e, hm_drift * out) {
-    drift_report r;
-    if (!e || !out || !e->estimator.next_drift(r)) {
-        return 0;
-    }
-    *out = {static_cast<int32_t>(r.kind), r.device, r.cls, r.parameter, r.old_value, r.new_value, r.since_us};
-    return 1;
-}
-
-int64_t hm_estimator_n_rejected(const hm_estimator * e) {
-    return e ? e->estimator.n_rejected() : 0;
 }
 
 int hm_costs_link(const hm_costs * costs, int32_t device, double * latency_us, double * bytes_per_us, char * message,

@@ -12,12 +12,12 @@ constexpr double vanishing[max_fit_params] = {0.0, 1e-4, 1e-4};
 constexpr double rate_only[max_fit_params] = {1e-4, 0.0, 0.0};
 // What a factor of 1 means for a cost that the calibration gives as 0: a share of one expert's time.
 constexpr double unit_share = 0.05;
-// A CPU batch beside copies that is slower than the CPU alone explains, by so many residual scales, met the ceiling:
-// if it reached this share of it at least, or copies are slow as well. Else the CPU itself is slow.
+// A CPU batch beside copies that is slower than the costs explain, by so many residual scales, met the ceiling if copies
+// are slow as well. One that shared the memory most of the time did so if it reached this share of the ceiling.
 constexpr double ceiling_scales = 2.0;
 constexpr double ceiling_share  = 0.4;
 constexpr double slow_copies    = 1.3;
-// A sample of which less was alone says nothing about its own part.
+// A CPU batch that was alone for less of its time says little about the CPU.
 constexpr double least_alone = 0.3;
 // "At most" speaks against a cost only if it is so much below it.
 constexpr double telling_bound = 0.8;
@@ -195,18 +195,13 @@ void cost_estimator::observe_copy(int device, double bytes, double us, double no
     }
     const auto at      = static_cast<size_t>(device);
     const double x[2]  = {units_[at * max_fit_params], bytes / calibrated_.link(device).bytes_per_us};
-    const double speed = std::clamp(beside.speed, 0.01, 1.0);
-    const double alone = copies_[at].predict(x) * followers_[at].now.factor();
-    if (speed < 1.0 && beside.shared > 1.0 - least_alone && us * speed < slow_copies * alone) {
-        observe_ceiling(bytes + beside.bytes, us, now_us);
-        return;
-    }
-    observe(copies_[at], followers_[at], x, 2, us * speed, now_us, &applied_[at * max_fit_params]);
+    observe(copies_[at], followers_[at], x, 2, us * std::clamp(beside.speed, 0.01, 1.0), now_us,
+            &applied_[at * max_fit_params]);
     observe_read_rate(bytes + beside.bytes, us, now_us);
 }
 
-void cost_estimator::observe_cpu(int layer, const int32_t * n_tokens, int n_experts, double us, double copied_bytes,
-                                 double now_us) {
+void cost_estimator::observe_cpu(int layer, const int32_t * n_tokens, int n_experts, double us, double now_us,
+                                 const memory_share & beside) {
     double x[max_fit_params];
     if (layer < 0 || layer >= calibrated_.n_layers() ||
         !batch_parts(calibrated_.of_layer(layer).cpu, n_tokens, n_experts, x)) {
@@ -218,31 +213,23 @@ void cost_estimator::observe_cpu(int layer, const int32_t * n_tokens, int n_expe
     cost_channel & own = cpu_[cls];
     follower & by      = followers_[follower_of({resource_kind::cpu, cpu_device})];
     x[fixed_part]      = units_[index * max_fit_params];
-    const double read  = calibrated_.of_layer(layer).bytes * n_experts;
-    const double bytes = read + (copied_bytes > 0.0 && std::isfinite(copied_bytes) ? copied_bytes : 0.0);
-    double alone_us    = us;
-    if (bytes > read && std::isfinite(calibrated_.dram_bytes_per_us())) {
-        const double ceiling  = dram_bytes_per_us();
-        const double expected = bytes / ceiling;
-        const double alone    = own.predict(x) * by.now.factor();
-        double links          = 0.0; // rate of all of them
-        bool are_copies_slow  = false;
+    const double bytes = calibrated_.of_layer(layer).bytes * n_experts + beside.bytes;
+    const double speed = std::clamp(beside.speed, 0.01, 1.0);
+    if (beside.bytes > 0.0 && std::isfinite(calibrated_.dram_bytes_per_us())) {
+        bool are_copies_slow = false;
         for (int d = 0; d < calibrated_.n_devices(); ++d) {
             const follower & link = followers_[static_cast<size_t>(d)];
-            are_copies_slow = are_copies_slow || link.now.factor() > slow_copies || link.last_ratio > slow_copies;
-            links += link_bytes_per_us(d);
+            are_copies_slow       = are_copies_slow || link.now.factor() > slow_copies || link.last_ratio > slow_copies;
         }
-        const double speed     = std::min(1.0, ceiling / (read / alone + links));
-        const double shared_us = std::min(us, (bytes - read) / (speed * links));
-        const bool is_shared   = us - shared_us < least_alone * us;
-        if (std::max(expected, us) > alone * (1.0 + ceiling_scales * own.residual()) &&
-            (are_copies_slow || (is_shared && us * ceiling_share < expected))) {
+        const double alone    = own.predict(x) * by.now.factor();
+        const bool is_slow    = us * speed > alone * (1.0 + ceiling_scales * own.residual());
+        const bool has_shared = beside.shared > 1.0 - least_alone && us * ceiling_share * dram_bytes_per_us() < bytes;
+        if (has_shared || (is_slow && are_copies_slow)) {
             observe_ceiling(bytes, us, now_us);
             return;
         }
-        alone_us = is_shared ? us : us - shared_us * (1.0 - speed);
     }
-    observe(own, by, x, 3, alone_us, now_us, &applied_[index * max_fit_params]);
+    observe(own, by, x, 3, us * speed, now_us, &applied_[index * max_fit_params]);
     observe_read_rate(bytes, us, now_us);
 }
 

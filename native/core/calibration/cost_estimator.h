@@ -5,7 +5,7 @@
 //   cost_estimator::create(calibrated, {}, estimator);
 //   estimator.next_pass();                                                  // before each pass of the model
 //   estimator.observe_copy(device, bytes, us, now_us);                      // after a copy has completed
-//   estimator.observe_cpu(layer, n_tokens, n_experts, us, copied, now_us);  // after a CPU batch
+//   estimator.observe_cpu(layer, n_tokens, n_experts, us, now_us, beside);  // after a CPU batch
 //   estimator.observe_gpu(layer, device, n_tokens, n_experts, us, now_us);  // after a GPU batch
 //   if (estimator.moved()) { estimator.apply(costs); runtime.set_costs(costs); }
 //   while (estimator.next_drift(report)) { ... }
@@ -15,9 +15,9 @@
 // How timings are explained, with c(n) the calibrated curve of an expert with n tokens:
 //   copy   latency + bytes / bandwidth
 //   CPU    first expert + step, sum of c(1), sum of c(n) - c(1)
-//   both   While they run at once and ask for more than the DRAM ceiling, each gets its share of it. The time that this
-//          takes is left out of a sample; a sample that was mostly such time is about the ceiling. What was read
-//          faster than the ceiling allows shows that the ceiling is higher.
+//   both   While they run at once and ask for more than the DRAM ceiling, each gets its share of it. What this takes is
+//          left out of a sample. A CPU batch that was mostly such time is about the ceiling. What was read faster than
+//          the ceiling allows shows that the ceiling is higher.
 //   GPU    step, sum of c(1), sum of c(n) - c(1)
 #pragma once
 
@@ -66,9 +66,9 @@ struct drift_report {
     double since_us        = 0.0; // time of the first sample that showed it
 };
 
-// What else read the memory during a copy.
+// What else read the memory during a copy or a CPU batch.
 struct memory_share {
-    double speed  = 1.0; // that the DRAM ceiling left it, by the costs believed, over that of a copy alone
+    double speed  = 1.0; // that the DRAM ceiling left it, by the costs believed, over its speed alone
     double shared = 0.0; // share of its time in which that was below 1
     double bytes  = 0.0; // that the others read meanwhile
 };
@@ -84,8 +84,9 @@ public:
 
     // One expert's copy, or any other: its bytes, and the time from its start on an idle link to its end.
     void observe_copy(int device, double bytes, double us, double now_us, const memory_share & beside = {});
-    // One CPU batch of a layer: n_tokens[n_experts] of its experts; copied_bytes were copied to accelerators meanwhile.
-    void observe_cpu(int layer, const int32_t * n_tokens, int n_experts, double us, double copied_bytes, double now_us);
+    // One CPU batch of a layer: n_tokens[n_experts] of its experts.
+    void observe_cpu(int layer, const int32_t * n_tokens, int n_experts, double us, double now_us,
+                     const memory_share & beside = {});
     // One GPU batch of a layer, without waiting for copies. `at_most`: it had ended by then, nobody saw when.
     void observe_gpu(int layer, int device, const int32_t * n_tokens, int n_experts, double us, double now_us,
                      bool at_most = false);

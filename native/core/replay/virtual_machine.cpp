@@ -105,7 +105,6 @@ bool virtual_machine::step(double limit_us) {
         }
         copy & c = links_[d].front();
         c.left_us -= us * speed;
-        copied_bytes_ += cpu_works ? us * speed * c.bytes / c.whole_us : 0.0;
         if (c.left_us <= a_moment) {
             finished_.push_back({c.id, static_cast<int>(d), c.bytes, now_us_ - c.start_us, now_us_});
             ends_.push_back({c.layer, c.expert, static_cast<int>(d), now_us_});
@@ -178,7 +177,6 @@ void virtual_machine::run_layer(const layer_event & event, const decision & made
     out                   = layer_timing();
     const double begin_us = now_us_;
     ends_.clear();
-    copied_bytes_ = 0.0;
     for (const transfer & t : made.transfers) {
         enqueue(t);
     }
@@ -205,7 +203,6 @@ void virtual_machine::run_layer(const layer_event & event, const decision & made
     double end_us            = cpu_done_us;
     out.cpu_us               = bytes > 0.0 ? cpu_done_us : -1.0;
     out.cpu_begin_us         = begin_us;
-    out.copied_bytes         = copied_bytes_;
     // The calling thread waits for one device after the other, when its own experts are done.
     for (int d = 0; d < n_devices; ++d) {
         if (gpu_us_of[d] < 0.0) {

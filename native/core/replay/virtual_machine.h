@@ -67,7 +67,6 @@ private:
     double now_us_ = 0.0;
     std::vector<std::vector<copy>> links_; // queues; the first one of each is running
     double cpu_left_us_ = 0.0, cpu_bytes_per_us_ = 0.0, cpu_end_us_ = 0.0; // left: at full speed
-    double copied_bytes_ = 0.0; // while the CPU was at work
     std::vector<finished_copy> finished_;
     std::vector<end_of_copy> ends_; // of this layer
 };
