@@ -141,7 +141,8 @@ void governor::keep(const reading & one) {
     next_reading_            = (next_reading_ + 1) % n_readings;
 }
 
-// In every moment the ceiling is shared in proportion to what is asked for.
+// In every moment in which several read, the ceiling is shared in proportion to what they ask for. What one of them
+// would not reach alone is its own cost.
 memory_share governor::beside(const reading & own) const {
     memory_share out;
     const double whole_us = own.end_us - own.begin_us;
@@ -186,9 +187,10 @@ memory_share governor::beside(const reading & own) const {
     const double ceiling = reached > refuting * costs_.dram_bytes_per_us() ? reached : costs_.dram_bytes_per_us();
     double speed_us = 0.0, shared_us = 0.0;
     for (size_t e = 0; e + 1 < n_edges; ++e) {
-        double asked = own.asked;
+        double asked = std::min(own.asked, ceiling);
         for (size_t i = 0; i < n; ++i) {
-            asked += others[i].begin_us <= edges[e] && others[i].end_us >= edges[e + 1] ? others[i].asked : 0.0;
+            const bool reads = others[i].begin_us <= edges[e] && others[i].end_us >= edges[e + 1];
+            asked += reads ? std::min(others[i].asked, ceiling) : 0.0;
         }
         const double us = edges[e + 1] - edges[e];
         speed_us += us * std::min(1.0, ceiling / asked);
