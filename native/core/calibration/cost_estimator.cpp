@@ -17,7 +17,9 @@ constexpr double unit_share = 0.05;
 constexpr double ceiling_scales = 2.0;
 constexpr double ceiling_share  = 0.4;
 constexpr double slow_copies    = 1.3;
-// A CPU batch that was alone for less of its time says little about the CPU.
+// A CPU batch that was alone for less of its time, and is off by more than this, is about the ceiling: costs and ceiling
+// cannot be told apart by small errors, and the ceiling is what changes least.
+constexpr double ceiling_off = 1.15;
 constexpr double least_alone = 0.3;
 // "At most" speaks against a cost only if it is so much below it.
 constexpr double telling_bound = 0.8;
@@ -223,7 +225,9 @@ void cost_estimator::observe_cpu(int layer, const int32_t * n_tokens, int n_expe
         }
         const double alone    = own.predict(x) * by.now.factor();
         const bool is_slow    = us * speed > alone * (1.0 + ceiling_scales * own.residual());
-        const bool has_shared = beside.shared > 1.0 - least_alone && us * ceiling_share * dram_bytes_per_us() < bytes;
+        const bool is_off     = std::fabs(std::log(us * speed / alone)) > std::log(ceiling_off);
+        const bool has_shared = is_off && beside.shared > 1.0 - least_alone &&
+                                us * ceiling_share * dram_bytes_per_us() < bytes;
         if (has_shared || (is_slow && are_copies_slow)) {
             observe_ceiling(bytes, us, now_us);
             return;
