@@ -52,6 +52,17 @@ def test_slots_and_hits_are_counted(bench: Run, tiny_model: Callable[..., Path])
     assert rows[0]["cache_policy"] == "mrs" and rows[0]["prompt_source"] == "corpus"
 
 
+def test_rows_after_a_long_prompt_use_the_cache(bench: Run, long_prompt: Any) -> None:
+    """A prompt of several micro-batches is no reason to measure the CPU."""
+    options = ["-p", 3000, "-n", 24, "-r", 1, "--no-stock", "-o", "jsonl"]
+    done = bench(long_prompt.model, *options, *long_prompt.sharing)
+    rows = rows_of(done)
+    assert [(row["n_prompt"], row["n_gen"]) for row in rows] == [(3000, 0), (0, 24)]
+    assert all(row["sched_policy"] in ("two-threshold", "gpu-only") for row in rows), rows
+    assert all(row["hit_rate"] > 0 and row["n_expert_gpu"] > 0 for row in rows), rows
+    assert "not used" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("faults", "why"),
     [

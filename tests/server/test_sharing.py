@@ -1,4 +1,4 @@
-"""Sharing with an accelerator in a server: a pause is shown while it lasts."""
+"""Sharing with an accelerator in a server: long prompts do not end it, and a pause is shown while it lasts."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ REASON = "a step that fails on purpose"
 def failing(**faults: int) -> dict[str, str]:
     """An environment in which a step of the sharing fails."""
     return {"HYBRIMOE_CONFIG": json.dumps({"faults": faults})}
+
+
+def asking(text: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": text}], "max_tokens": 24, "temperature": 0}
 
 
 def paused_metrics(server: Server) -> list[str]:
@@ -64,3 +68,20 @@ def test_the_log_says_when_a_pause_begins_and_ends(serve: Serve, tiny_model: Cal
     assert paused_metrics(server) == []
     experts: Any = server.chat(max_tokens=8)[1]["timings"]["experts"]
     assert experts["hits"] + experts["misses"] > 0
+
+
+def test_later_requests_keep_the_cache(serve: Serve, long_prompt: Any) -> None:
+    """What follows a prompt of several micro-batches."""
+    server = serve(long_prompt.model, "-c", str(long_prompt.n_ctx), *long_prompt.sharing).wait_until_ready()
+    before = server.ask("/live")[1]["totals"]
+    for number, text in enumerate((long_prompt.text, "What is the sun?", "How old is it?")):
+        status, answer = server.ask("/v1/chat/completions", asking(text), deadline_s=600)
+        assert status == 200, answer
+        timings = answer["timings"]
+        assert number > 0 or timings["prompt_n"] >= 3000
+        assert timings["experts"]["hits"] > 0 and timings["experts"]["gpu"] > 0, f"answer {number}"
+        snapshot = server.wait_until(lambda s, n=number: s["requests"]["done"] > n)
+        assert snapshot["totals"]["hits"] > before["hits"]
+        assert snapshot["totals"]["experts_gpu"] > before["experts_gpu"]
+        assert snapshot["paused"] == []
+        before = snapshot["totals"]
