@@ -87,6 +87,33 @@ def test_warmup_teaches_nothing(plain: Side, hybrid: Side, tiny_model: Callable[
     assert got.facts["state"]["stats"]["n_events"] > after["state"]["stats"]["n_events"]
 
 
+@pytest.mark.parametrize("arch", ["qwen3moe", "mixtral", "deepseek2-merged", "gpt-oss"])
+@pytest.mark.parametrize(
+    "watches",
+    [
+        ("all", "none", "all", "none"),
+        ("none", "third", "outside", "none"),
+        ("none", "experts", "none", "none"),
+    ],
+    ids="-".join,
+)
+def test_evaluation_callbacks(
+    plain: Side, hybrid: Side, tiny_model: Callable[..., Path], arch: str, watches: tuple[str, ...]
+) -> None:
+    """Blocks that a callback cuts are computed by llama.cpp; whole ones are shared, before and after."""
+    path = tiny_model(arch, "Q8_0")
+    options = {"watches": list(watches)}
+    got = hybrid.ask("callbacks", path, settings=settings_of(expert_cache=2), **options)
+    difference = compare(plain.ask("callbacks", path, **options), got)
+    assert difference.is_equal, difference
+    assert got.facts["state"]["phase"] == "ready" and got.facts["state"]["paused"] == []
+    for experts in ("n_experts_gpu", "n_hits"):
+        sums = [sum(layer[experts] for layer in facts["layers"]) for facts in got.facts["after"]]
+        grown = {i: b - a for i, (a, b) in enumerate(zip([0, *sums], sums, strict=False))}
+        assert all(grown[i] > 0 for i, watch in enumerate(watches) if watch == "none"), (experts, grown)
+        assert all(grown[i] == 0 for i, watch in enumerate(watches) if watch == "all"), (experts, grown)
+
+
 @pytest.mark.parametrize("n_prompt", [40, 300])
 def test_prompts_longer_than_a_micro_batch_keep_the_cache(tiny_model: Callable[..., Path], n_prompt: int) -> None:
     """Of such a prompt the last layer has rows in the last micro-batch only."""
