@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,35 @@ def demo_model(one_builds: Callable[[str], FileLock]) -> Path:
 
     with one_builds("demo"):
         return store.build_demo()
+
+
+@dataclass(frozen=True)
+class LongPrompt:
+    """`text` has more than 3,000 of the model's tokens: several micro-batches, even of llama.cpp's default size."""
+
+    model: str
+    text: str
+    n_ctx: int
+    sharing: tuple[str, ...]
+
+
+@pytest.fixture(scope="session", params=["tiny", pytest.param("demo", marks=pytest.mark.slow)])
+def long_prompt(request: pytest.FixtureRequest, tiny_models_dir: Path) -> LongPrompt:
+    """A model, a long prompt for it, and flags that share its experts with a stand-in.
+
+    The demo model has the default policies. The tiny one computes an expert faster than it would plan where: it needs
+    ones that use the accelerator whatever was measured.
+    """
+    stand_in, sentence = ("--device", "CPU", "--expert-cache", "6"), "The sun is a star: its light takes its time. "
+    if request.param == "demo":
+        return LongPrompt(str(request.getfixturevalue("demo_model")), sentence * 250, 4096, stand_in)
+    from make_tiny_models import write_tiny_model
+    from moe_shapes import ARCHITECTURES
+
+    path = tiny_models_dir / "tiny-qwen3moe-Q4_0-long.gguf"
+    if not path.exists():
+        write_tiny_model(path, "qwen3moe", "Q4_0", shape=replace(ARCHITECTURES["qwen3moe"].tiny, n_ctx=8192))
+    return LongPrompt(str(path), sentence * 140, 8192, (*stand_in, "--guard", "off", "--schedule", "gpu-only"))
 
 
 @pytest.fixture(scope="session")

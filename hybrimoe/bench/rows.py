@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hybrimoe.bench.cases import Setup, Test
+from hybrimoe.expert_options import CacheSize
 
 __all__ = ["COMMIT_PREFIX", "FIELDS", "KEY_FIELDS", "LLAMA_BENCH_FIELDS", "OUR_FIELDS", "Row", "make_row"]
 
@@ -97,9 +98,24 @@ class Row:
 
     @property
     def is_cache_unused(self) -> bool:
-        """Slots were there, and no step asked them for an expert: the row measured the CPU."""
+        """An expert cache was asked for, and no step asked it for an expert: the row measured the CPU."""
         counts = [s["experts"] for s in self.samples] if self.is_ours else []
-        return bool(counts) and counts[-1]["n_slots"] > 0 and not any(c["n_hits"] + c["n_misses"] for c in counts)
+        return bool(counts) and self._wants_cache and not any(c["n_hits"] + c["n_misses"] for c in counts)
+
+    @property
+    def why_unused(self) -> str:
+        """What is known about a cache that was asked for and not used; may be empty."""
+        return str(self.samples[-1]["experts"]["why_unused"]) if self.is_cache_unused else ""
+
+    @property
+    def _wants_cache(self) -> bool:
+        """Whether the flags ask for slots. `auto` asks only where there is an accelerator."""
+        s = self.setup
+        if CacheSize.parse(s.expert_cache).is_off or not 0 <= s.n_cpu_moe < self.facts["n_layers"]:
+            return False
+        if s.device is None:
+            return s.expert_cache.strip().lower() != "auto" or bool(self.facts["gpu_info"])
+        return any(name not in ("", "none") for name in s.device.split("/"))
 
     def values(self) -> dict[str, Any]:
         """The machine fields, typed; what does not apply is None."""
@@ -180,7 +196,7 @@ def _expert_values(row: Row) -> dict[str, Any]:
 
     last: Mapping[str, Any] = row.samples[-1]["experts"]
     queries = mean("n_hits") + mean("n_misses")
-    has_slots = last["n_slots"] > 0
+    has_slots = last["cache_bytes"] > 0
     schedule = row.setup.schedule if has_slots else "cpu-only"
     if row.is_cache_unused:
         schedule = "cpu-only (cache not used)"

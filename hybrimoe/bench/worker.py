@@ -193,7 +193,8 @@ class Worker:
 
     def _experts(self, prefetch_used: int) -> dict[str, Any]:
         totals: Mapping[str, Any] = self.engine.stats()["totals"]
-        devices = self.engine.expert_state().get("devices", [])
+        state = self.engine.expert_state()
+        devices = state.get("devices", [])
         n_layers = max(1, len(self.engine.info.moe_layer_indices))
         names = ("n_hits", "n_misses", "h2d_bytes", "n_experts_cpu", "n_experts_gpu")
         return {
@@ -201,7 +202,20 @@ class Worker:
             "n_slots": round(sum(sum(d["n_slots"]) for d in devices) / n_layers),
             "cache_bytes": round(sum(d["cache_bytes"] for d in devices)),
             "prefetch_used": prefetch_used,
+            "why_unused": self._why_unused(state),
         }
+
+    def _why_unused(self, state: Mapping[str, Any]) -> str:
+        """Why no accelerator takes part now; empty where one does."""
+        from hybrimoe.cli.report import pause_text
+
+        if pauses := state.get("paused"):
+            return pause_text(pauses[0])
+        if state.get("phase") != "cpu-only":
+            return ""
+        # Set-up ends with the line that says what it gave up.
+        events = self.engine.expert_events()
+        return events[-1][1] if events else "there is no accelerator"
 
 
 def device_facts() -> dict[str, str]:

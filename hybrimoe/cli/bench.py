@@ -380,7 +380,8 @@ def _measure(settings: Settings, options: BenchOptions, values: dict[str, Sequen
                 _write(stream, (printer.head() if number == 0 else "") + printer.rows(rows))
             for row in rows:
                 if row.is_cache_unused:
-                    warn(f"{row.test.name}: the expert cache was asked for and not used, the row measured the CPU")
+                    why = f" ({row.why_unused})" if row.why_unused else ""
+                    warn(f"{row.test.name}: the expert cache was asked for and not used, the row measured the CPU{why}")
             commits |= {str(row.facts["build_commit"]): None for row in rows}
         for printer, stream in printers:
             _write(stream, printer.foot())

@@ -157,8 +157,9 @@ def _hybrid_lines(engine: Engine, totals: dict[str, Any]) -> list[str]:
     if reproducible["on"]:
         held = "as placed at the start" if reproducible["holds"] else "NO LONGER: see the messages on stderr"
         fixed = [f"reproducible: {held}"]
+    pauses = [pause_text(pause) for pause in state["paused"]]
     if not queries or not state.get("devices"):
-        return fixed
+        return pauses + fixed
     lines = [
         f"expert cache {totals['n_hits'] / queries:.0%} hits, {totals['n_late']} late, "
         f"{totals['n_evictions']} evictions, {totals['n_copies']} copies ({totals['n_prefetched']} prefetched), "
@@ -170,7 +171,7 @@ def _hybrid_lines(engine: Engine, totals: dict[str, Any]) -> list[str]:
         if "gpu_expert_us" in device:
             line += f", {device['gpu_expert_us']:.0f} us an expert, {device['copy_expert_us']:.0f} us a copy"
         lines.append(line)
-    lines += [pause_text(pause) for pause in state["paused"]]
+    lines += pauses
     if fixed:
         return lines + fixed
     guard = state["guard"]

@@ -92,6 +92,7 @@ def _serve(settings: Settings, path: Path, api_key: str | None, bound: Any) -> i
 
     def on_ready(engine: ServerEngine) -> None:
         sampler.engine = engine
+        engine.on_event = note
         for line in engine.new_expert_events():
             note(line)
         note(f"{names[0]} answers at {url} (page at /, OpenAI's interface at /v1; Ctrl-C stops)")

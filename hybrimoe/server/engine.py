@@ -6,7 +6,7 @@ import codecs
 import ctypes
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import llama_cpp
@@ -30,9 +30,11 @@ class JobCancelledError(Exception):
 
 
 class ServerEngine(Engine):
-    """`job` is what the engine works for; only its worker's thread sets it."""
+    """`job` is what the engine works for; only its worker's thread sets it. `on_event` is told in that thread what the
+    dispatch decides while it answers."""
 
     job: Job | None = None
+    on_event: Callable[[str], None] = staticmethod(lambda line: None)
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Any:
         generated = super().generate(tokens, *args, **kwargs)
@@ -47,6 +49,7 @@ class ServerEngine(Engine):
         try:
             for token in generated:
                 now = time.perf_counter()
+                self._tell_events()
                 if not usage.n_generated:
                     first = now
                     usage.n_evaluated = self.n_evaluated - n_before
@@ -75,6 +78,11 @@ class ServerEngine(Engine):
             after = self._expert_sums()
             usage.experts = {name: after[name] - counters_before.get(name, 0) for name in after}
             self.after_answer()
+            self._tell_events()
+
+    def _tell_events(self) -> None:
+        for line in self.new_expert_events():
+            self.on_event(line)
 
     def detokenize(self, tokens: Sequence[int], prev_tokens: Any = None, special: bool = False) -> bytes:
         """As the engine's, with U+FFFD for bytes that begin no character; an unfinished one at the end stays.

@@ -52,6 +52,40 @@ def test_slots_and_hits_are_counted(bench: Run, tiny_model: Callable[..., Path])
     assert rows[0]["cache_policy"] == "mrs" and rows[0]["prompt_source"] == "corpus"
 
 
+def test_rows_after_a_long_prompt_use_the_cache(bench: Run, long_prompt: Any) -> None:
+    """A prompt of several micro-batches is no reason to measure the CPU."""
+    options = ["-p", 3000, "-n", 24, "-r", 1, "--no-stock", "-o", "jsonl"]
+    done = bench(long_prompt.model, *options, *long_prompt.sharing)
+    rows = rows_of(done)
+    assert [(row["n_prompt"], row["n_gen"]) for row in rows] == [(3000, 0), (0, 24)]
+    assert all(row["sched_policy"] in ("two-threshold", "gpu-only") for row in rows), rows
+    assert all(row["hit_rate"] > 0 and row["n_expert_gpu"] > 0 for row in rows), rows
+    assert "not used" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("faults", "why"),
+    [
+        # In the warm-up, for longer than the test takes.
+        ({"fail_step": 2, "pause_us": 600_000_000}, "sharing is paused: a step that fails on purpose"),
+        ({"fail_alloc_from": 1}, "CPU has no memory left"),
+    ],
+    ids=["paused", "given up"],
+)
+def test_a_cache_that_is_not_used_is_said(
+    bench: Run, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, faults: dict[str, int], why: str
+) -> None:
+    monkeypatch.setenv("HYBRIMOE_CONFIG", json.dumps({"faults": faults}))
+    model = tiny_model("qwen3moe", "Q4_0")
+    done = bench(model, "-p", 8, "-n", 4, "-r", 1, "--no-stock", "--device", "CPU", "-ec", 2, "-o", "jsonl")
+    rows = rows_of(done)
+    assert [row["sched_policy"] for row in rows] == ["cpu-only (cache not used)"] * 2
+    assert all(row["n_expert_gpu"] == 0 and row["hit_rate"] is None for row in rows)
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    assert [line.split(": ")[1] for line in warnings] == ["pp8", "tg4"]
+    assert all("asked for and not used" in line and why in line for line in warnings)
+
+
 def test_one_process_at_a_time(bench: Run, tiny_model: Callable[..., Path]) -> None:
     done = bench(tiny_model("mixtral", "Q4_0"), "-p", 8, "-n", 2, "-r", 3, "--interleave", "process", "-o", "jsonl")
     rows = rows_of(done)

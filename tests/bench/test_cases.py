@@ -94,6 +94,7 @@ def row(plugin: bool, *ns: int, **changes: Any) -> Row:
         "n_slots": 8,
         "cache_bytes": 1000,
         "prefetch_used": 3,
+        "why_unused": "",
     }
     for n in ns:
         made.samples.append({"ns": n, "ttft_ns": n, "experts": experts if plugin else None})
@@ -110,6 +111,40 @@ def test_values_of_a_row() -> None:
     stock = row(False, 10**9).values()
     assert stock["stddev_ts"] == 0.0 and stock["hit_rate"] is None and stock["sched_policy"] == "llama.cpp"
     assert row(True, 1, n_cpu_moe=-1).values()["n_cpu_moe"] == 12
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_marked"),
+    [
+        ({"device": "CUDA0", "expert_cache": "auto"}, True),
+        ({"device": "CUDA0", "expert_cache": "0"}, False),
+        ({"device": "CUDA0", "expert_cache": "0%"}, False),
+        ({"device": "none", "expert_cache": "6"}, False),
+        ({"device": None, "expert_cache": "6"}, True),
+        ({"device": None, "expert_cache": "auto"}, False),
+        ({"device": "CUDA0", "n_cpu_moe": -1}, False),
+        ({"device": "CUDA0", "n_cpu_moe": 12}, False),
+        ({"device": "CUDA0", "n_cpu_moe": 11}, True),
+    ],
+)
+def test_a_cache_that_was_asked_for_and_not_used(changes: dict[str, Any], is_marked: bool) -> None:
+    """Slots that never came count as well as slots that nobody asked."""
+    none = {"n_hits": 0, "n_misses": 0, "n_slots": 0, "cache_bytes": 0, "why_unused": "no memory"}
+    for counts in (none, none | {"n_slots": 8, "cache_bytes": 1000}):
+        made = row(True, 1, **changes)
+        made.samples[0]["experts"] |= counts
+        assert made.is_cache_unused == is_marked
+        assert made.why_unused == ("no memory" if is_marked else "")
+        assert (made.values()["sched_policy"] == "cpu-only (cache not used)") == is_marked
+    assert not row(True, 1, **changes).is_cache_unused
+
+
+def test_a_gpu_is_asked_for_a_cache_by_default() -> None:
+    made = row(True, 1)
+    made.samples[0]["experts"] |= {"n_hits": 0, "n_misses": 0}
+    assert not made.is_cache_unused
+    made.facts = {**made.facts, "gpu_info": "a card"}
+    assert made.is_cache_unused
 
 
 def test_ratios_are_paired() -> None:

@@ -62,10 +62,10 @@ def call(home: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcom
 def spawn(home: Path) -> Callable[..., Outcome]:
     """`spawn("run", ..., stdin=b"")` runs the program in a process of its own, without a terminal."""
 
-    def run(*arguments: str, stdin: bytes = b"", **environment: str) -> Outcome:
-        done = subprocess.run(
-            [*COMMAND, *arguments], input=stdin, capture_output=True, timeout=120, env={**os.environ, **environment}
-        )
+    def run(*arguments: str, stdin: bytes = b"", deadline_s: float = 120, **environment: str) -> Outcome:
+        environment = {**os.environ, **environment}
+        command = [*COMMAND, *arguments]
+        done = subprocess.run(command, input=stdin, capture_output=True, timeout=deadline_s, env=environment)
         return Outcome(done.returncode, done.stdout.decode(), done.stderr.decode())
 
     return run

@@ -65,12 +65,14 @@ def test_stats_name_the_pause(tiny_model: Callable[..., Path]) -> None:
     )
     with Engine(tiny_model("qwen3moe", "Q4_0"), EngineOptions(n_ctx=256, n_threads=1, experts=experts)) as engine:
         "".join(engine.answer([5, 6, 7], Sampling(temp=0), 12))
-        lines = stats_text(engine).splitlines()
+        texts = [stats_text(engine)]
+        engine.reset_counters()
+        "".join(engine.answer([5, 6, 8], Sampling(temp=0), 12))
+        texts.append(stats_text(engine))
         assert engine.plugin is not None
         engine.plugin.configure(faults={})  # settings are the process's: other engines in it must not fail, too
-    assert [
-        line for line in lines if line.startswith("sharing is paused: a step that fails on purpose; tried again in")
-    ]
+    for text in texts:  # of the turn in which the step failed, and of one wholly within the pause
+        assert "\nsharing is paused: a step that fails on purpose; tried again in" in text
 
 
 def test_warmup_teaches_nothing(plain: Side, hybrid: Side, tiny_model: Callable[..., Path]) -> None:
@@ -83,6 +85,33 @@ def test_warmup_teaches_nothing(plain: Side, hybrid: Side, tiny_model: Callable[
     assert before["state"]["stats"]["n_events"] == after["state"]["stats"]["n_events"] > 0
     assert before["residency"] == after["residency"]
     assert got.facts["state"]["stats"]["n_events"] > after["state"]["stats"]["n_events"]
+
+
+@pytest.mark.parametrize("arch", ["qwen3moe", "mixtral", "deepseek2-merged", "gpt-oss"])
+@pytest.mark.parametrize(
+    "watches",
+    [
+        ("all", "none", "all", "none"),
+        ("none", "third", "outside", "none"),
+        ("none", "experts", "none", "none"),
+    ],
+    ids="-".join,
+)
+def test_evaluation_callbacks(
+    plain: Side, hybrid: Side, tiny_model: Callable[..., Path], arch: str, watches: tuple[str, ...]
+) -> None:
+    """Blocks that a callback cuts are computed by llama.cpp; whole ones are shared, before and after."""
+    path = tiny_model(arch, "Q8_0")
+    options = {"watches": list(watches)}
+    got = hybrid.ask("callbacks", path, settings=settings_of(expert_cache=2), **options)
+    difference = compare(plain.ask("callbacks", path, **options), got)
+    assert difference.is_equal, difference
+    assert got.facts["state"]["phase"] == "ready" and got.facts["state"]["paused"] == []
+    for experts in ("n_experts_gpu", "n_hits"):
+        sums = [sum(layer[experts] for layer in facts["layers"]) for facts in got.facts["after"]]
+        grown = {i: b - a for i, (a, b) in enumerate(zip([0, *sums], sums, strict=False))}
+        assert all(grown[i] > 0 for i, watch in enumerate(watches) if watch == "none"), (experts, grown)
+        assert all(grown[i] == 0 for i, watch in enumerate(watches) if watch == "all"), (experts, grown)
 
 
 @pytest.mark.parametrize("n_prompt", [40, 300])

@@ -160,6 +160,33 @@ def callback(model: Model, watch: str, n_prefill: int = 7, decode: int = 2) -> t
         return arrays, {"seen": seen, "n_asked": n_asked, **counted(context)}
 
 
+def callbacks(model: Model, watches: list[str], n_prefill: int = 17, decode: int = 4) -> tuple[Arrays, Facts]:
+    """One context, whose evaluation callback wants other nodes in each prompt; the facts after each.
+
+    Each of `watches` is "all" nodes, every "third", "experts" (nodes named ffn_moe_*), "outside" (others) or "none".
+    """
+    tensors = Tensors()
+    now = {"watch": "none", "n_asked": 0}
+
+    def on_node(tensor: int, ask: bool) -> bool:
+        if not ask:
+            return True
+        now["n_asked"] += 1
+        if now["watch"] in ("experts", "outside"):
+            return tensors.name(tensor).startswith("ffn_moe_") == (now["watch"] == "experts")
+        return now["watch"] == "all" or (now["watch"] == "third" and now["n_asked"] % 3 == 0)
+
+    arrays: Arrays = {}
+    after = []
+    with Context(model, n_batch=64, n_ubatch=8, on_node=on_node) as context:
+        for i, watch in enumerate(watches):
+            now["watch"] = watch
+            context.clear()
+            run_prompt(context, random_tokens(model, n_prefill + decode, seed=i), n_prefill, f"{i}-{watch}", arrays)
+            after.append(counted(context))
+        return arrays, {"after": after, **counted(context)}
+
+
 def warmup(model: Model, late: bool = False) -> tuple[Arrays, Facts]:
     """llama.cpp's warm-up step, which runs every expert, then a plain prompt. `late`: two prompts come before it."""
     arrays: Arrays = {}
@@ -313,6 +340,7 @@ SCENARIOS: dict[str, Callable[..., tuple[Arrays, Facts]]] = {
         forced,
         log_probs,
         callback,
+        callbacks,
         warmup,
         thread_counts,
         two_contexts,

@@ -53,13 +53,15 @@ class Server:
         self.wait_for_line(r"answers at")
         return self
 
-    def ask(self, path: str, body: Any = None, *, raw: bytes | None = None, **headers: str) -> tuple[int, Any]:
+    def ask(
+        self, path: str, body: Any = None, *, raw: bytes | None = None, deadline_s: float = DEADLINE_S, **headers: str
+    ) -> tuple[int, Any]:
         """(status, JSON or text) of a request; a body makes it a POST."""
         data = raw if raw is not None else None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json", **headers} if data is not None else headers
         request = urllib.request.Request(self.url + path, data, headers)
         try:
-            with urllib.request.urlopen(request, timeout=DEADLINE_S) as response:
+            with urllib.request.urlopen(request, timeout=deadline_s) as response:
                 status, text = response.status, response.read()
         except urllib.error.HTTPError as error:
             with error:
