@@ -62,6 +62,7 @@ class EventType(enum.IntEnum):
     LAYER_DONE = 7
     LOAD = 8
     LOADED = 9
+    TRIAL = 10
 
 
 class GuardLevel(enum.IntEnum):

@@ -25,6 +25,7 @@ enum class trace_kind : int32_t {
     layer_done = 7,
     load       = 8,
     loaded     = 9,
+    trial      = 10, // before the layer that it is part of
     step       = 64,
     transfer   = 65,
     measured   = 66,

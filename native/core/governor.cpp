@@ -41,8 +41,9 @@ void governor::begin_pass() {
 
 bool governor::begin_layer(layer_event & event) {
     settle();
-    event.trial      = options_.live ? trials_.next(estimator_) : trial_request();
-    event.calibrated = &estimator_.calibrated();
+    const bool may_try = options_.live && event.n_rows <= most_decode_tokens;
+    event.trial        = may_try ? trials_.next(estimator_) : trial_request();
+    event.calibrated   = &estimator_.calibrated();
     return options_.live && estimator_.moved() && estimator_.apply(costs_).ok() && runtime_->set_costs(costs_).ok();
 }
 

@@ -47,6 +47,9 @@ struct layer_timing {
 
 class governor {
 public:
+    // Speculation and parallel clients decode several tokens in a pass; a bigger batch is a prompt's.
+    static constexpr int64_t most_decode_tokens = 16;
+
     // Refuses a cost model that lacks a cost. `rt` must outlive the governor, and has the same costs.
     static status create(const cost_model & calibrated, const governor_options & options, runtime & rt, governor & out);
 

@@ -115,6 +115,7 @@ public:
 
     void begin_prompt();
     void set_limits(const runtime_limits & limits) { limits_ = limits; }
+    const runtime_limits & limits() const { return limits_; }
     status set_costs(const cost_model & costs); // of the same layers and devices
     status resize(int layer, int device, int n_slots, std::vector<slot_move> & moves) {
         return cache_.resize(layer, device, n_slots, moves);

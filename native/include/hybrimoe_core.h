@@ -355,6 +355,7 @@ typedef enum hm_event_type {
     HM_EVENT_LAYER_DONE,
     HM_EVENT_LOAD,   /* layer, a: expert, b: device: a load that no plan asked for begins (a warm start) */
     HM_EVENT_LOADED, /* layer, a: expert, b: 0 if it failed */
+    HM_EVENT_TRIAL,  /* layer, a: kind of resource (0 CPU, 1 GPU, 2 link), b: device: tried with the next layer */
     HM_N_EVENT_TYPES
 } hm_event_type;
 

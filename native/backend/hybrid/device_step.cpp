@@ -10,6 +10,8 @@ namespace {
 
 // Pairs of one chunk of resident experts: bounds the work memory of a long prompt.
 constexpr size_t max_chunk_pairs = 4096;
+// The worker's call to watch for the end of a decode step; lanes have others.
+constexpr int watch_stage = -1;
 
 } // namespace
 
@@ -18,12 +20,16 @@ accelerator::accelerator(ggml_backend_dev_t device, int index, const settings & 
     for (int i = 0; port.has_events() && i < n_scratch_slots; i++) {
         scratch_events.push_back(ggml_backend_event_new(device));
     }
+    if (port.has_events()) {
+        end_event = ggml_backend_event_new(device);
+    }
 }
 
 accelerator::~accelerator() {
     for (ggml_backend_event_t event : scratch_events) {
         ggml_backend_event_free(event);
     }
+    ggml_backend_event_free(end_event);
 }
 
 template <class body> bool device_step::timed(body run) {
@@ -45,7 +51,7 @@ void device_step::begin(const expert_layout & layout, const routed_pairs & pairs
     pairs_          = pairs;
     items_.clear();
     batch_open_ = batch_sum_ = false;
-    abandoned_ = pending_ = false;
+    abandoned_ = pending_ = has_seen_end_ = false;
 }
 
 const device_item * device_step::find(int32_t expert) const {
@@ -56,7 +62,7 @@ const device_item * device_step::find(int32_t expert) const {
     return i < 0 ? nullptr : &items_[static_cast<size_t>(i)];
 }
 
-void device_step::launch(const std::vector<copy_order> & orders) {
+void device_step::launch(const std::vector<copy_order> & orders, bool looks) {
     item_of_.assign(static_cast<size_t>(layout_->n_expert), -1);
     waiting_.clear();
     resident_.clear();
@@ -75,6 +81,10 @@ void device_step::launch(const std::vector<copy_order> & orders) {
         if (!waiting_.empty()) {
             pending_ = true;
             device_.worker.call(this, 0);
+        } else if (looks && device_.end_event != nullptr) {
+            ggml_backend_event_record(device_.end_event, device_.port.compute());
+            pending_ = true;
+            device_.worker.call(this, watch_stage);
         }
         return;
     }
@@ -107,7 +117,11 @@ void device_step::run(int stage) {
         return;
     }
     if (is_decode()) {
-        launch_lane(1, true);
+        if (stage == watch_stage) {
+            watch_end();
+        } else {
+            launch_lane(1, true);
+        }
         pending_ = false;
     } else {
         run_batch_stage(static_cast<size_t>(stage));
@@ -115,6 +129,14 @@ void device_step::run(int stage) {
     }
     lock.unlock();
     done_.notify_all();
+}
+
+// Where the worker came too late to wait, it did not see the end.
+void device_step::watch_end() {
+    const auto begin = std::chrono::steady_clock::now();
+    ggml_backend_event_synchronize(device_.end_event);
+    seen_end_     = std::chrono::steady_clock::now();
+    has_seen_end_ = std::chrono::duration<double, std::micro>(seen_end_ - begin).count() > least_wait_us;
 }
 
 bool device_step::finish(double timeout_us) {

@@ -25,11 +25,13 @@ struct accelerator {
     std::vector<slot_set> slots;   // per layer
     std::vector<slot_set> scratch; // per class: experts that prefill streams through
     std::vector<ggml_backend_event_t> scratch_events;
+    ggml_backend_event_t end_event = nullptr; // of a step that is watched; null where there are no events
     device_compute compute;
     device_worker worker; // last: its thread uses what stands above
 };
 
-constexpr int n_scratch_slots = 4;
+constexpr int n_scratch_slots  = 4;
+constexpr double least_wait_us = 5.0; // a shorter wait says nothing about the accelerator's time
 
 // An active expert that the plan gave to this accelerator.
 struct device_item {
@@ -74,8 +76,9 @@ public:
     bool has_work() const { return !items_.empty(); }
 
     // Starts the computation. Copies for this step's items are in `orders`, in the order of the items that wait for
-    // one; those whose transfer was ordered in an earlier step have no order here (layout is null).
-    void launch(const std::vector<copy_order> & orders);
+    // one; those whose transfer was ordered in an earlier step have no order here (layout is null). `looks`: the worker
+    // watches for the end, if it has nothing else to do and the device has events.
+    void launch(const std::vector<copy_order> & orders, bool looks);
     // Waits until all is computed, or until the timeout has passed with a copy outstanding: then the items that wait
     // are not done, and the step is abandoned (true).
     bool finish(double timeout_us);
@@ -83,6 +86,9 @@ public:
     // Of a device that computes within the call, since begin() was told to time it.
     double computed_us() const { return computed_us_; }
     std::chrono::steady_clock::time_point computed_until() const { return computed_until_; }
+    // Whether the worker saw the computation end, and when; after finish().
+    bool has_seen_end() const { return has_seen_end_; }
+    std::chrono::steady_clock::time_point seen_end() const { return seen_end_; }
 
     // Row [n_embd] of pair (token, k), from finish until the next begin; null where this device has none. With a batch
     // only if rows were wanted exactly.
@@ -96,6 +102,7 @@ private:
     bool is_decode() const { return pairs_.n_tokens == 1; }
     const device_item * find(int32_t expert) const;
     void launch_lane(int lane, bool waiting);
+    void watch_end();
     void run_batch_stage(size_t stage);
     void begin_batch();
     void launch_items(const size_t * which, size_t n);
@@ -124,6 +131,9 @@ private:
     bool is_timed_      = false;
     double computed_us_ = 0.0;
     std::chrono::steady_clock::time_point computed_until_;
+
+    bool has_seen_end_ = false;
+    std::chrono::steady_clock::time_point seen_end_;
 
     std::mutex mutex_;
     std::condition_variable done_;

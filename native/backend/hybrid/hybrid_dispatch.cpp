@@ -13,10 +13,8 @@ namespace {
 
 constexpr int64_t passes_between_looks = 64;   // at free memory
 constexpr int64_t look_ahead_tokens    = 4;    // a bigger batch uses most experts anyway
-constexpr int64_t most_decode_tokens   = 16;   // speculation and parallel clients decode several tokens a step
 constexpr double copy_patience         = 20.0; // times the predicted time that a copy may take
 constexpr double copy_patience_us      = 1e7;  // and this much more: a first launch may compile shaders
-constexpr double least_wait_us         = 5.0;  // a shorter wait says nothing about the accelerator's time
 constexpr double no_wait_us            = 0.0;
 constexpr int32_t nowhere              = -2; // of an expert whose accelerator did not compute it
 
@@ -103,9 +101,10 @@ bool hybrid_dispatch::prepare(const moe_block & block, const described_block & d
     pairs_.exact    = exact;
     any_rest_       = false;
     if (phase_ != phase::learning) {
-        pass_is_decode_ = pass_is_decode_ && pairs_.n_tokens <= most_decode_tokens;
+        pass_is_decode_ = pass_is_decode_ && pairs_.n_tokens <= governor::most_decode_tokens;
         pass_tokens_    = pairs_.n_tokens;
     }
+    begin_us_ = clock_.now_us();
     return true;
 }
 
@@ -142,9 +141,8 @@ void hybrid_dispatch::on_pass_end() {
         return;
     }
     guard_change change;
-    // The floor is that of one token, and a pass without the accelerators says nothing about sharing.
-    const bool is_judged = pass_is_decode_ && pass_tokens_ == 1 && pass_us_ > 0.0 && !pause_.is_on();
-    if (config_.guard && is_judged && guard_.on_token(pass_us_, floor_us(), change)) {
+    // A pass that the accelerators had no part in says nothing about sharing.
+    if (governor_.end_pass(pass_is_decode_ && pass_is_shared_, change)) {
         apply_guard(change);
     }
     if (!pass_is_decode_ && !was_prompt_) {
@@ -152,15 +150,10 @@ void hybrid_dispatch::on_pass_end() {
         note(trace_kind::prompt);
     }
     was_prompt_     = !pass_is_decode_;
-    pass_us_        = 0.0;
-    pass_is_decode_ = true;
-    if (live_ && estimator_.moved() && estimator_.apply(costs_).ok()) {
-        if (runtime_->set_costs(costs_).ok()) {
-            note_costs();
-        }
-    }
+    pass_is_decode_ = pass_is_shared_ = true;
+    governor_.begin_pass();
     drift_report drift;
-    while (live_ && estimator_.next_drift(drift)) {
+    while (governor_.is_live() && governor_.estimator().next_drift(drift)) {
         log_drift(drift);
     }
     if (n_passes_ % passes_between_looks == 0) {
@@ -185,56 +178,22 @@ void hybrid_dispatch::log_drift(const drift_report & drift) const {
     }
 }
 
-// What the best plain placement with the same memory would take for one token's experts: all on the CPU, or as many
-// whole layers as fit on the accelerators.
-double hybrid_dispatch::floor_us() const {
-    double all_cpu  = 0.0;
-    double with_gpu = 0.0;
-    std::vector<double> budget(devices_.size(), 0.0);
-    for (size_t d = 0; d < devices_.size(); d++) {
-        for (const slot_set & set : devices_[d]->slots) {
-            budget[d] += static_cast<double>(set.n_bytes());
-        }
-    }
-    for (int layer = 0; layer < book_.n_layers(); layer++) {
-        const known_layer & known = book_.layer(layer);
-        const double cpu          = costs_.step_us(cpu_device) + costs_.t_cpu(layer, 1, true) +
-                                    (known.top_k - 1) * costs_.t_cpu(layer, 1, false);
-        double best               = cpu;
-        const double bytes        = static_cast<double>(known.layout.expert_bytes()) * known.layout.n_expert;
-        for (size_t d = 0; d < devices_.size(); d++) {
-            const double gpu =
-                costs_.step_us(static_cast<int>(d)) + known.top_k * costs_.t_gpu(layer, static_cast<int>(d), 1);
-            if (bytes <= budget[d] && gpu < best) {
-                budget[d] -= bytes;
-                best = gpu;
-            }
-        }
-        all_cpu += cpu;
-        with_gpu += best;
-    }
-    return std::min(all_cpu, with_gpu);
-}
-
 void hybrid_dispatch::apply_guard(const guard_change & change) {
-    const int level = static_cast<int>(change.to);
-    runtime_limits limits;
-    limits.prefetch      = level < static_cast<int>(guard_level::no_prefetch);
-    limits.demand_copies = level < static_cast<int>(guard_level::no_demand);
-    limits.admission     = level < static_cast<int>(guard_level::frozen);
-    runtime_->set_limits(limits);
+    const runtime_limits & limits = runtime_->limits();
     note(trace_kind::limits, 0, limits.prefetch, limits.demand_copies, limits.admission);
-    log_.add("guard: %s -> %s%s: experts take %.0f us a token, plain llama.cpp's best placement would take %.0f",
+    log_.add("guard: %s -> %s%s: experts take %.0f us a token, plain llama.cpp's best placement would take about %.0f",
              guard_level_name(change.from), guard_level_name(change.to), change.is_trial ? " on trial" : "",
              change.token_us, change.floor_us);
     const bool was_static = change.from == guard_level::static_layers;
     if (was_static == (change.to == guard_level::static_layers)) {
         return;
     }
+    const double begin_us = clock_.now_us();
     for (size_t d = 0; d < devices_.size(); d++) {
         relayout(static_cast<int>(d), was_static ? current_slots(d) : static_slots(d));
         fill_layers(static_cast<int>(d));
     }
+    governor_.on_refill(clock_.now_us() - begin_us);
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -253,9 +212,7 @@ void hybrid_dispatch::take_results() {
                     note_copy(trace_kind::complete, result.id, now);
                 }
                 note_copied(result, now);
-                if (live_) {
-                    estimator_.observe_copy(static_cast<int>(d), result.bytes, result.us, now);
-                }
+                governor_.on_copy(static_cast<int>(d), result.bytes, result.us, result.end_us);
             } else {
                 if (runtime_->on_fail(result.id, now).ok()) {
                     note_copy(trace_kind::fail, result.id, now);
@@ -342,13 +299,17 @@ bool hybrid_dispatch::plan(const float * scores) {
         }
     }
     take_results();
-    layer_event event = event_of(scores);
-    event.gap_us      = gap_us_;
+    event_              = event_of(scores);
+    layer_event & event = event_;
+    event.gap_us        = gap_us_;
     event.scratch     = pairs_.n_tokens > 1 && has_scratch();
     for (int distance = 1; distance <= max_lookahead; distance++) {
         const bool same               = layer_ + distance < book_.n_layers() &&
                                         book_.layer(layer_ + distance).layout.n_expert == book_.max_experts();
         event.lookahead[distance - 1] = same ? routers_.scores(distance) : nullptr;
+    }
+    if (governor_.begin_layer(event)) {
+        note_costs();
     }
     const double now_us = clock_.now_us();
     const status done   = runtime_->on_layer(event, now_us, decision_);
@@ -358,6 +319,7 @@ bool hybrid_dispatch::plan(const float * scores) {
     }
     pause_.on_success(now_us);
     if (is_recording()) {
+        note_trial();
         recorder_->add_layer(event, book_.max_experts(), now_us, true);
         recorder_->add_transfers(*decision_);
     }
@@ -413,9 +375,8 @@ void hybrid_dispatch::share_out() {
     where_.assign(static_cast<size_t>(n_expert_), cpu_device);
     n_cpu_ = n_gpu_ = 0;
     next_scratch_   = 0;
-    cpu_loads_.clear();
     for (size_t d = 0; d < devices_.size(); d++) {
-        steps_[d]->begin(layout, pairs_, has_spans());
+        steps_[d]->begin(layout, pairs_, devices_[d]->port.is_cpu());
         orders_[d].clear();
     }
     for (const bool loading : {false, true}) {
@@ -456,16 +417,19 @@ void hybrid_dispatch::share_out() {
         const work_item & w = decision_->items[i];
         if (plan.placements[i].device == cpu_device) {
             n_cpu_++;
-            cpu_loads_.push_back(w.n_tokens);
         } else {
             n_gpu_++;
             where_[static_cast<size_t>(w.expert)] = plan.placements[i].device;
         }
     }
     times_.launch_begin = clock_.now_us();
+    computed_inline_us_ = 0.0;
+    const bool looks    = event_.trial.wanted && event_.trial.what.kind == resource_kind::gpu;
     for (size_t d = 0; d < devices_.size(); d++) {
         if (steps_[d]->has_work()) {
-            steps_[d]->launch(orders_[d]);
+            launch_us_[d] = clock_.now_us();
+            steps_[d]->launch(orders_[d], looks && event_.trial.what.device == static_cast<int>(d));
+            computed_inline_us_ += devices_[d]->port.is_cpu() ? clock_.now_us() - launch_us_[d] : 0.0;
         }
     }
     for (const transfer & t : decision_->transfers) {
@@ -492,6 +456,7 @@ const uint8_t * hybrid_dispatch::route(int32_t * ids, const float * weights, con
             trace_.replace(layer_, ids, pairs_.n_tokens, pairs_.top_k, static_cast<int32_t>(n_expert_));
         }
         if (phase_ != phase::ready || !plan(scores)) {
+            pass_is_shared_ = false;
             note_unplanned(scores);
             return nullptr;
         }
@@ -499,8 +464,7 @@ const uint8_t * hybrid_dispatch::route(int32_t * ids, const float * weights, con
         if (config_.faults.fail_step > 0 && ++n_planned_ == config_.faults.fail_step) {
             throw std::runtime_error("a step that fails on purpose");
         }
-        routed_       = true;
-        copied_bytes_ = copied_so_far();
+        routed_ = true;
         if (horizon_ > 0) {
             active_.clear();
             for (const work_item & w : decision_->items) {
@@ -518,18 +482,11 @@ const uint8_t * hybrid_dispatch::route(int32_t * ids, const float * weights, con
         return n_gpu_ == 0 ? nullptr : take_.data();
     } catch (const std::exception & error) {
         // Nothing may leave the team's region.
+        pass_is_shared_ = false;
         pause(error.what());
         give_up_step();
         return nullptr;
     }
-}
-
-double hybrid_dispatch::copied_so_far() const {
-    double bytes = 0.0;
-    for (const auto & device : devices_) {
-        bytes += static_cast<double>(device->worker.n_bytes_copied());
-    }
-    return bytes;
 }
 
 void hybrid_dispatch::finish() {
@@ -542,17 +499,61 @@ void hybrid_dispatch::finish() {
     const double patience_us   = config_.faults.copy_patience_us > 0
                                      ? static_cast<double>(config_.faults.copy_patience_us)
                                      : copy_patience_us + copy_patience * decision_->plan.makespan_us;
+    timing_              = layer_timing();
+    timing_.cpu_begin_us = route_end_us_;
+    timing_.cpu_us       = wait_begin_us - route_end_us_;
+    double waited_us     = wait_begin_us;
     for (size_t d = 0; d < devices_.size(); d++) {
-        if (steps_[d]->has_work() && steps_[d]->finish(patience_us)) {
+        if (!steps_[d]->has_work()) {
+            continue;
+        }
+        if (steps_[d]->finish(patience_us)) {
             is_suspended_[d] = true;
             log_.add("%s: a copy did not end within %.1f s: its experts run on the CPU",
                      devices_[d]->port.name().c_str(), patience_us * 1e-6);
         }
+        // A device ended by now; when it did so shows where it was waited for, or looked at, or computes in the call.
+        const double begin_us    = waited_us;
+        waited_us                = clock_.now_us();
+        const device_step & step = *steps_[d];
+        timing_.gpu_is_known[d]  = true;
+        timing_.gpu_at_most[d]   = waited_us - begin_us < least_wait_us && !step.has_seen_end();
+        timing_.gpu_us[d]        = waited_us - launch_us_[d];
+        if (devices_[d]->port.is_cpu()) {
+            timing_.gpu_at_most[d] = false;
+            timing_.gpu_us[d]      = step.computed_us();
+        } else if (step.has_seen_end()) {
+            timing_.gpu_us[d] = clock_.of_us(step.seen_end()) - launch_us_[d];
+        }
     }
     const double end_us = clock_.now_us();
     find_rest();
+    timing_.is_complete = !any_rest_;
     note_step(wait_begin_us, end_us);
-    observe_step(wait_begin_us, end_us);
+    count_step(wait_begin_us, end_us);
+}
+
+// Tells the governor how the planned block went, when its result stands. x came down before we were called and y goes up
+// after we return: both are priced.
+void hybrid_dispatch::judge_step() {
+    const double x_bytes = static_cast<double>(pairs_.x_token_bytes) * static_cast<double>(pairs_.n_tokens);
+    double crossed_us    = 0.0;
+    for (size_t d = 0; d < devices_.size() && pairs_.x_there.source != nullptr; d++) {
+        if (ggml_backend_get_device(pairs_.x_there.source) == devices_[d]->port.device()) {
+            crossed_us = 2.0 * governor_.costs().t_copy(static_cast<int>(d), x_bytes);
+        }
+    }
+    // A CPU as device computed before the CPU's own share did, an accelerator computes beside it: count it so.
+    const double in_turn_us = std::min(computed_inline_us_, timing_.cpu_us);
+    double longest_us       = n_cpu_ > 0 ? timing_.cpu_us : 0.0;
+    for (size_t d = 0; d < devices_.size(); d++) {
+        longest_us = std::max(longest_us, timing_.gpu_is_known[d] ? timing_.gpu_us[d] : 0.0);
+    }
+    timing_.now_us      = last_end_us_;
+    timing_.span_us     = last_end_us_ - begin_us_ - in_turn_us + crossed_us;
+    timing_.overhead_us = std::max(0.0, timing_.span_us - longest_us);
+    timing_.cpu_us      = n_cpu_ > 0 ? timing_.cpu_us : -1.0;
+    governor_.end_layer(event_, *decision_, timing_);
 }
 
 // Pairs that an accelerator was to compute and did not.
@@ -581,7 +582,7 @@ void hybrid_dispatch::find_rest() {
     }
 }
 
-void hybrid_dispatch::observe_step(double wait_begin_us, double end_us) {
+void hybrid_dispatch::count_step(double wait_begin_us, double end_us) {
     layer_counters & counts = counters_->layer(book_.layer(layer_).llama_layer);
     add(counts.plan_ns, static_cast<uint64_t>((route_end_us_ - route_begin_us_) * 1e3));
     add(counts.wait_ns, static_cast<uint64_t>((end_us - wait_begin_us) * 1e3));
@@ -599,28 +600,6 @@ void hybrid_dispatch::observe_step(double wait_begin_us, double end_us) {
         add(counts.n_copies, 1);
         add(counts.n_evictions, t.evicted >= 0 ? 1 : 0);
         add(counts.n_prefetched, t.kind == transfer_kind::prefetch ? 1 : 0);
-    }
-    if (!live_ || any_rest_) {
-        return;
-    }
-    if (!cpu_loads_.empty()) {
-        estimator_.observe_cpu(layer_, cpu_loads_.data(), static_cast<int>(cpu_loads_.size()),
-                               wait_begin_us - route_end_us_, copied_so_far() - copied_bytes_, end_us);
-    }
-    for (size_t d = 0; d < devices_.size(); d++) {
-        // The accelerator's own time shows only where it was waited for, and not for a copy.
-        const std::vector<device_item> & items = steps_[d]->items();
-        const bool shows =
-            devices_.size() == 1 && !items.empty() && end_us - wait_begin_us > least_wait_us &&
-            std::all_of(items.begin(), items.end(), [](const device_item & i) { return i.transfer == 0; });
-        if (shows) {
-            gpu_loads_.clear();
-            for (const device_item & item : items) {
-                gpu_loads_.push_back(item.n_tokens);
-            }
-            estimator_.observe_gpu(layer_, static_cast<int>(d), gpu_loads_.data(), static_cast<int>(gpu_loads_.size()),
-                                   end_us - route_end_us_, end_us);
-        }
     }
 }
 
@@ -649,11 +628,9 @@ void hybrid_dispatch::end_block() {
         return;
     }
     last_end_us_ = clock_.now_us();
-    if (phase_ == phase::ready) {
-        pass_us_ += last_end_us_ - route_begin_us_;
-    }
     if (routed_) {
         std::lock_guard<std::mutex> lock(mutex_);
+        judge_step();
         runtime_->on_layer_done();
     }
     note_block_end();

@@ -4,9 +4,7 @@
 // A block runs as: prepare (calling thread) -> look_ahead, route (inside the team) -> CPU pairs -> finish.
 #pragma once
 
-#include "core/calibration/cost_estimator.h"
-#include "core/guard.h"
-#include "core/runtime.h"
+#include "core/governor.h"
 #include "counters.h"
 #include "hybrid/device_step.h"
 #include "hybrid/event_log.h"
@@ -101,6 +99,7 @@ private:
     void not_reproducible(const char * why);
     void allocate_slots(std::vector<std::vector<int>> & slots);
     bool make_costs(cost_model & out);
+    status make_governor(const cost_model & costs);
     status make_runtime(const cost_model & costs, const std::vector<std::vector<int>> & slots);
     void pin_experts();
     void fill_caches();
@@ -114,7 +113,6 @@ private:
     void on_pass_end();
     void watch_memory();
     void apply_guard(const guard_change & change);
-    double floor_us() const;
     void relayout(int device, const std::vector<int> & slots);
     std::vector<int> current_slots(size_t device) const;
     std::vector<int> static_slots(size_t device) const;
@@ -129,6 +127,7 @@ private:
     void note_unplanned(const float * scores);
     void note_step(double wait_begin_us, double end_us);
     void note_gpu_times(double wait_begin_us, double end_us);
+    void note_trial();
     bool has_spans() const { return is_recording() && recorder_->with_spans(); }
     void note_block_end();
 
@@ -144,10 +143,10 @@ private:
     void share_out();
     copy_order order_of(const transfer & t);
     int64_t transfer_of(int layer, int expert) const;
-    double copied_so_far() const;
     void find_rest();
     void log_drift(const drift_report & drift) const;
-    void observe_step(double wait_begin_us, double end_us);
+    void count_step(double wait_begin_us, double end_us);
+    void judge_step();
 
     const settings config_;
     std::shared_ptr<counters> counters_;
@@ -161,14 +160,11 @@ private:
     std::vector<std::unique_ptr<accelerator>> devices_;
     std::vector<std::unique_ptr<device_step>> steps_; // per device
     std::unique_ptr<runtime> runtime_;
-    cost_model costs_;
-    cost_estimator estimator_;
-    bool live_         = false;
+    governor governor_;
     bool needs_scores_ = false;
     int horizon_       = 0; // layers that a prefetcher may look ahead
     look_ahead_routers routers_;
     route_trace trace_;
-    guard guard_;
     bool is_reproducible_ = true;                // with the setting: so far every expert was computed where it belongs
     std::vector<std::vector<int>> wanted_slots_; // [device][layer]: after set-up, before memory became scarce
     std::vector<double> shrink_;                 // per device: share of the wanted slots that it has now
@@ -184,17 +180,22 @@ private:
     std::vector<int32_t> where_;                  // per expert: accelerator, or -1
     std::vector<std::vector<copy_order>> orders_; // per device, of this step's own items
     std::vector<copy_result> results_;
-    std::vector<int32_t> cpu_loads_, gpu_loads_, active_;
+    std::vector<int32_t> active_;
     std::vector<float> wide_scores_;
     int next_scratch_ = 0;
     int n_gpu_ = 0, n_cpu_ = 0;
-    double route_begin_us_ = 0.0, route_end_us_ = 0.0, copied_bytes_ = 0.0;
+    layer_event event_;   // what was asked of the runtime
+    layer_timing timing_; // how it went
+    double begin_us_ = 0.0, route_begin_us_ = 0.0, route_end_us_ = 0.0;
+    std::vector<double> launch_us_;  // per device: when its launch began ...
+    double computed_inline_us_ = 0.0; // ... and what a CPU as device computed within it
 
     // the pass at hand
     int last_layer_      = -1;
     bool pass_is_decode_ = true, was_prompt_ = false;
+    bool pass_is_shared_ = true; // every block was planned
     int64_t pass_tokens_ = 1;
-    double pass_us_ = 0.0, last_end_us_ = 0.0, gap_us_ = 0.0;
+    double last_end_us_ = 0.0, gap_us_ = 0.0;
     int64_t n_passes_ = 0, n_looks_ = 0;
     std::vector<bool> told_memory_, told_copy_; // per device: said once
     std::vector<bool> is_suspended_;            // per device: a copy got stuck

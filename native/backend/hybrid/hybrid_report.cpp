@@ -8,6 +8,33 @@
 
 namespace hybrimoe {
 
+namespace {
+
+// How well each cost is known: `slowdown` is today's over the calibration's, `disturbed` the part of it that may pass.
+nlohmann::json describe_beliefs(const governor & gov, double now_us) {
+    nlohmann::json out = nlohmann::json::array();
+    const auto add     = [&](resource_kind kind, int device) {
+        const cost_state s = gov.estimator().state({kind, device});
+        out.push_back({{"resource", resource_name(kind)},
+                       {"device", device},
+                       {"slowdown", s.slowdown},
+                       {"disturbed", s.disturbed},
+                       {"error", s.residual},
+                       {"n_samples", s.n_samples},
+                       {"age_s", s.n_samples > 0 ? nlohmann::json(std::max(0.0, now_us - s.last_us) * 1e-6)
+                                                 : nlohmann::json(nullptr)},
+                       {"confidence", s.confidence(now_us)}});
+    };
+    add(resource_kind::cpu, cpu_device);
+    for (int d = 0; d < gov.costs().n_devices(); d++) {
+        add(resource_kind::gpu, d);
+        add(resource_kind::link, d);
+    }
+    return out;
+}
+
+} // namespace
+
 std::string hybrid_dispatch::describe_state() const {
     std::lock_guard<std::mutex> lock(mutex_);
     nlohmann::json out;
@@ -28,7 +55,8 @@ std::string hybrid_dispatch::describe_state() const {
                 {{"kind", "stuck-copy"}, {"what", devices_[d]->port.name()}, {"reason", "a copy did not end"}});
         }
     }
-    out["devices"] = nlohmann::json::array();
+    const cost_model & costs = governor_.costs();
+    out["devices"]           = nlohmann::json::array();
     for (size_t d = 0; d < devices_.size(); d++) {
         const accelerator & device = *devices_[d];
         nlohmann::json one;
@@ -49,17 +77,17 @@ std::string hybrid_dispatch::describe_state() const {
         one["suspended"]    = static_cast<bool>(is_suspended_[d]);
         if (runtime_ != nullptr && !config_.reproducible) {
             const int index       = static_cast<int>(d);
-            one["gpu_expert_us"]  = costs_.t_gpu(0, index, 1);
-            one["copy_expert_us"] = costs_.t_copy(index, costs_.of_layer(0).bytes);
-            one["step_us"]        = costs_.step_us(index);
+            one["gpu_expert_us"]  = costs.t_gpu(0, index, 1);
+            one["copy_expert_us"] = costs.t_copy(index, costs.of_layer(0).bytes);
+            one["step_us"]        = costs.step_us(index);
         }
         out["devices"].push_back(one);
     }
     if (runtime_ != nullptr) {
         const runtime_stats & stats = runtime_->stats();
-        out["cpu_expert_us"]        = costs_.t_cpu(0, 1, false);
-        out["cpu_first_us"]         = costs_.t_cpu(0, 1, true) - costs_.t_cpu(0, 1, false);
-        const double dram           = costs_.dram_bytes_per_us();
+        out["cpu_expert_us"]        = costs.t_cpu(0, 1, false);
+        out["cpu_first_us"]         = costs.t_cpu(0, 1, true) - costs.t_cpu(0, 1, false);
+        const double dram           = costs.dram_bytes_per_us();
         out["dram_bytes_per_us"]    = std::isfinite(dram) ? nlohmann::json(dram) : nlohmann::json(nullptr);
         out["stats"]                = {{"n_events", stats.n_events},
                                        {"n_cpu", stats.n_cpu},
@@ -80,10 +108,16 @@ std::string hybrid_dispatch::describe_state() const {
                                        {"prefetch_on", runtime_->prefetch_on()},
                                        {"decision_hash", std::to_string(stats.decision_hash)}};
         out["guard"]                = {{"on", config_.guard},
-                                       {"level", guard_level_name(guard_.level())},
-                                       {"n_changes", guard_.n_changes()},
-                                       {"token_us", guard_.token_us()},
-                                       {"floor_us", floor_us()}};
+                                       {"level", guard_level_name(governor_.level().level())},
+                                       {"n_changes", governor_.level().n_changes()},
+                                       {"token_us", governor_.level().token_us()},
+                                       {"overhead_us", governor_.overhead_us()},
+                                       {"floor_us", governor_.floor_us()},
+                                       {"floor_is", "estimated"}};
+        out["trials"]               = {{"n", governor_.tried().n_trials()}, {"us", governor_.tried().spent_us()}};
+        if (governor_.is_live()) {
+            out["beliefs"] = describe_beliefs(governor_, clock_.now_us());
+        }
         nlohmann::json recall       = nlohmann::json::array();
         for (int d = 1; d <= max_lookahead; d++) {
             recall.push_back(

@@ -89,7 +89,7 @@ void hybrid_dispatch::watch_memory() {
     for (size_t d = 0; d < devices_.size(); d++) {
         const bool is_own_memory = !devices_[d]->port.is_cpu() || faults.free_bytes >= 0;
         if (config_.expert_cache.is != expert_cache_size::kind::automatic || !is_own_memory ||
-            guard_.level() == guard_level::static_layers) {
+            governor_.level().level() == guard_level::static_layers) {
             continue; // a size that the user gave stays
         }
         const auto free =

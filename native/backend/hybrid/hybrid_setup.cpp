@@ -231,6 +231,16 @@ status hybrid_dispatch::make_runtime(const cost_model & costs, const std::vector
     return runtime::create(std::move(made), runtime_);
 }
 
+status hybrid_dispatch::make_governor(const cost_model & costs) {
+    governor_options options;
+    options.live  = config_.live_costs && !config_.simple;
+    options.guard = config_.guard;
+    launch_us_.assign(devices_.size(), 0.0);
+    HYBRIMOE_TRY(governor::create(costs, options, *runtime_, governor_));
+    governor_.begin_pass();
+    return {};
+}
+
 void hybrid_dispatch::set_up() {
     phase_ = phase::off;
     book_.close();
@@ -269,13 +279,14 @@ void hybrid_dispatch::set_up() {
         steps_.clear();
         return;
     }
-    if (!make_costs(costs_)) {
+    cost_model costs;
+    if (!make_costs(costs)) {
         devices_.clear();
         steps_.clear();
         return;
     }
-    live_             = config_.live_costs && !config_.simple && cost_estimator::create(costs_, {}, estimator_).ok();
-    const status made = make_runtime(costs_, slots);
+    status made = make_runtime(costs, slots);
+    made        = made.ok() ? make_governor(costs) : made;
     if (!made.ok()) {
         log_.add("%s: all experts on the CPU", made.message());
         devices_.clear();
@@ -283,7 +294,7 @@ void hybrid_dispatch::set_up() {
         return;
     }
     if (is_recording()) {
-        recorded_costs_ = describe_costs(costs_);
+        recorded_costs_ = describe_costs(costs);
     }
     if (config_.pin_experts) {
         pin_experts();
@@ -402,6 +413,7 @@ void hybrid_dispatch::announce() const {
         announce_fixed_placement();
         return;
     }
+    const cost_model & costs = governor_.costs();
     for (size_t d = 0; d < devices_.size(); d++) {
         const accelerator & device = *devices_[d];
         double bytes               = 0.0;
@@ -417,8 +429,8 @@ void hybrid_dispatch::announce() const {
                  device.port.name().c_str(), static_cast<long long>(n_slots), static_cast<long long>(n_experts),
                  gib(bytes),
                  100.0 * static_cast<double>(n_slots) / static_cast<double>(std::max<int64_t>(1, n_experts)),
-                 costs_.t_cpu(0, 1, false), device.port.name().c_str(), costs_.t_gpu(0, d_index, 1),
-                 costs_.t_copy(d_index, costs_.of_layer(0).bytes));
+                 costs.t_cpu(0, 1, false), device.port.name().c_str(), costs.t_gpu(0, d_index, 1),
+                 costs.t_copy(d_index, costs.of_layer(0).bytes));
     }
 }
 

@@ -10,8 +10,6 @@ namespace hybrimoe {
 
 namespace {
 
-constexpr double least_wait_us = 5.0; // a shorter wait says nothing about the accelerator's time
-
 nlohmann::json counters_of(const runtime & rt) {
     const runtime_stats & s = rt.stats();
     const cache_stats & c   = rt.cache().stats();
@@ -90,7 +88,14 @@ void hybrid_dispatch::mark_kernels(const kernel_executor::result & done) {
 
 void hybrid_dispatch::note_costs() {
     if (is_recording()) {
-        recorder_->add_costs(describe_costs(costs_), clock_.now_us());
+        recorder_->add_costs(describe_costs(governor_.costs()), clock_.now_us());
+    }
+}
+
+// What was tried is a fact of its own: whether to try depends on the clock.
+void hybrid_dispatch::note_trial() {
+    if (decision_->is_tried) {
+        note(trace_kind::trial, layer_, static_cast<int>(event_.trial.what.kind), event_.trial.what.device);
     }
 }
 
@@ -109,7 +114,8 @@ void hybrid_dispatch::note_unplanned(const float * scores) {
 // What accelerators did of a planned block. ggml does not tell how long a graph ran on an asynchronous device: where it
 // was waited for and nothing else held it up, it is known; else the cost model's time stands in.
 void hybrid_dispatch::note_gpu_times(double wait_begin_us, double end_us) {
-    const layer_plan & plan = decision_->plan;
+    const cost_model & costs = governor_.costs();
+    const layer_plan & plan  = decision_->plan;
     times_.wait_end         = end_us;
     times_.predicted        = plan.makespan_us;
     times_.predicted_cpu    = plan.cpu_end_us;
@@ -121,10 +127,10 @@ void hybrid_dispatch::note_gpu_times(double wait_begin_us, double end_us) {
             continue;
         }
         const int index  = static_cast<int>(d);
-        double predicted = costs_.step_us(index);
+        double predicted = costs.step_us(index);
         bool is_waiting  = false;
         for (const device_item & item : steps_[d]->items()) {
-            predicted += costs_.t_gpu(layer_, index, item.n_tokens);
+            predicted += costs.t_gpu(layer_, index, item.n_tokens);
             is_waiting = is_waiting || item.transfer != 0;
         }
         times_.predicted_gpu += predicted;

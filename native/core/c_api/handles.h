@@ -37,6 +37,7 @@ struct hm_runtime {
     std::vector<hm_placement> placements;
     std::vector<hm_transfer> transfers;
     std::vector<hybrimoe::slot_move> moves;
+    hybrimoe::trial_request trial; // of the next layer that is replayed
 };
 
 namespace hybrimoe {

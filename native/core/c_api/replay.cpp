@@ -4,6 +4,7 @@
 #include "handles.h"
 
 #include <algorithm>
+#include <limits>
 
 using namespace hybrimoe;
 
@@ -88,6 +89,8 @@ status replay_event(hm_runtime & handle, const hm_event & e, const hm_event_arra
         layer_event event;
         const decision * ignored = nullptr;
         HYBRIMOE_TRY(read_layer_event(e, arrays, rt.cache().shape(), event));
+        event.trial  = handle.trial;
+        handle.trial = {};
         return rt.on_layer(event, e.now_us, ignored);
     }
     case HM_EVENT_COMPLETE:
@@ -116,6 +119,17 @@ status replay_event(hm_runtime & handle, const hm_event & e, const hm_event_arra
     }
     case HM_EVENT_LOADED:
         return e.b != 0 ? rt.cache().complete_load(e.layer, e.a) : rt.cache().fail_load(e.layer, e.a);
+    case HM_EVENT_TRIAL: { // what was tried has happened, whatever it was expected to cost
+        const bool on_cpu = e.a == static_cast<int32_t>(resource_kind::cpu);
+        if (e.a < 0 || e.a > static_cast<int32_t>(resource_kind::link) ||
+            (!on_cpu && (e.b < 0 || e.b >= rt.costs().n_devices()))) {
+            return status::fail(error_code::invalid_argument, "trial of resource %d, device %d: there is none", e.a, e.b);
+        }
+        handle.trial.wanted    = true;
+        handle.trial.what      = {static_cast<resource_kind>(e.a), on_cpu ? cpu_device : e.b};
+        handle.trial.budget_us = std::numeric_limits<double>::infinity();
+        return {};
+    }
     default:
         return status::fail(error_code::invalid_argument, "event type %d is outside 0..%d", e.type,
                             HM_N_EVENT_TYPES - 1);
