@@ -319,7 +319,7 @@ bool hybrid_dispatch::plan(const float * scores) {
     }
     pause_.on_success(now_us);
     if (is_recording()) {
-        note_trial();
+        note_trial(now_us);
         recorder_->add_layer(event, book_.max_experts(), now_us, true);
         recorder_->add_transfers(*decision_);
     }
@@ -527,6 +527,7 @@ void hybrid_dispatch::finish() {
         }
     }
     const double end_us = clock_.now_us();
+    finish_end_us_      = end_us;
     find_rest();
     timing_.is_complete = !any_rest_;
     note_step(wait_begin_us, end_us);
@@ -545,7 +546,7 @@ void hybrid_dispatch::judge_step() {
     }
     // A CPU as device computed before the CPU's own share did, an accelerator computes beside it: count it so.
     const double in_turn_us = std::min(computed_inline_us_, timing_.cpu_us);
-    double longest_us       = n_cpu_ > 0 ? timing_.cpu_us : 0.0;
+    double longest_us       = finish_end_us_ - route_end_us_; // the CPU's share, and waits for copies and accelerators
     for (size_t d = 0; d < devices_.size(); d++) {
         longest_us = std::max(longest_us, timing_.gpu_is_known[d] ? timing_.gpu_us[d] : 0.0);
     }

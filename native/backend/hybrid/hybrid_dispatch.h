@@ -127,7 +127,7 @@ private:
     void note_unplanned(const float * scores);
     void note_step(double wait_begin_us, double end_us);
     void note_gpu_times(double wait_begin_us, double end_us);
-    void note_trial();
+    void note_trial(double now_us);
     bool has_spans() const { return is_recording() && recorder_->with_spans(); }
     void note_block_end();
 
@@ -186,7 +186,7 @@ private:
     int n_gpu_ = 0, n_cpu_ = 0;
     layer_event event_;   // what was asked of the runtime
     layer_timing timing_; // how it went
-    double begin_us_ = 0.0, route_begin_us_ = 0.0, route_end_us_ = 0.0;
+    double begin_us_ = 0.0, route_begin_us_ = 0.0, route_end_us_ = 0.0, finish_end_us_ = 0.0;
     std::vector<double> launch_us_;  // per device: when its launch began ...
     double computed_inline_us_ = 0.0; // ... and what a CPU as device computed within it
 

@@ -93,9 +93,10 @@ void hybrid_dispatch::note_costs() {
 }
 
 // What was tried is a fact of its own: whether to try depends on the clock.
-void hybrid_dispatch::note_trial() {
+void hybrid_dispatch::note_trial(double now_us) {
     if (decision_->is_tried) {
-        note(trace_kind::trial, layer_, static_cast<int>(event_.trial.what.kind), event_.trial.what.device);
+        recorder_->add(trace_kind::trial, now_us, layer_, 0, static_cast<int>(event_.trial.what.kind),
+                       event_.trial.what.device);
     }
 }
 
