@@ -8,6 +8,10 @@ namespace hybrimoe {
 namespace {
 
 constexpr double refuting = 1.3;
+// Of a pass's layers, the share that may be far slower than planned without a word from the guard: another program's time
+// slices hit plain llama.cpp as well. Far is beyond so many times the usual ratio.
+constexpr size_t rare_share = 3; // a third
+constexpr double rare_ratio = 2.0;
 
 } // namespace
 
@@ -37,6 +41,7 @@ void governor::begin_pass() {
     trials_.next_pass(estimator_, last_pass_us_);
     pass_us_ = overhead_us_ = price_us_ = 0.0;
     std::fill(plain_.begin(), plain_.end(), plain_layer());
+    planned_.clear();
 }
 
 bool governor::begin_layer(layer_event & event) {
@@ -61,6 +66,7 @@ void governor::end_layer(const layer_event & event, const decision & made, const
             plain.gpu_us[d] += costs_.t_gpu(event.layer, d, w.n_tokens);
         }
     }
+    planned_.push_back({timing.span_us, timing.span_us / std::max(made.untried_us + timing.overhead_us, 1e-3)});
     settle();
     layer_sample & s = sample_;
     s.is_new         = options_.live;
@@ -228,6 +234,20 @@ double governor::plain_us() const {
     return std::min(all_cpu, with_gpu);
 }
 
+// The pass's time as the guard counts it: rare layers count as planned.
+double governor::judged_us() {
+    std::sort(planned_.begin(), planned_.end(),
+              [](const planned_layer & a, const planned_layer & b) { return a.ratio < b.ratio; });
+    double us          = pass_us_;
+    const size_t n     = planned_.size();
+    const double usual = n == 0 ? 1.0 : planned_[n / 2].ratio;
+    for (size_t i = n - n / rare_share; i < n; ++i) {
+        const planned_layer & layer = planned_[i];
+        us -= layer.ratio > rare_ratio * usual ? layer.span_us * (1.0 - usual / layer.ratio) : 0.0;
+    }
+    return us;
+}
+
 bool governor::end_pass(bool is_decode, guard_change & change) {
     settle();
     last_pass_us_     = pass_us_;
@@ -249,7 +269,7 @@ bool governor::end_pass(bool is_decode, guard_change & change) {
         guard_.on_costs_changed();
     }
     if (!options_.guard || !is_decode || pass_us_ <= 0.0 ||
-        !guard_.on_token({pass_us_, floor_us_, overhead_us_, price_us_}, change)) {
+        !guard_.on_token({judged_us(), floor_us_, overhead_us_, price_us_}, change)) {
         return false;
     }
     const auto level = static_cast<int>(change.to);

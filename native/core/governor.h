@@ -107,6 +107,7 @@ private:
     memory_share beside(const reading & own) const;
     void settle();
     double plain_us() const;
+    double judged_us();
 
     governor_options options_;
     runtime * runtime_ = nullptr;
@@ -115,6 +116,10 @@ private:
     guard guard_;
     trials trials_;
     std::vector<plain_layer> plain_; // [n_layers], of the pass at hand
+    struct planned_layer {
+        double span_us, ratio; // ratio: over what was planned
+    };
+    std::vector<planned_layer> planned_; // of the pass at hand
     layer_sample sample_;
     std::vector<copy_sample> copies_;
     reading readings_[n_readings];
