@@ -8,10 +8,12 @@ namespace hybrimoe {
 namespace {
 
 constexpr double refuting = 1.3;
-// Of a pass's layers, the share that may be far slower than planned without a word from the guard: another program's time
-// slices hit plain llama.cpp as well. Far is beyond so many times the usual ratio.
-constexpr size_t rare_share = 3; // a third
+// Of a pass's layers up to a third may be far slower than planned, by this factor over the usual one, without a word from
+// the guard: another program's time slices hit plain llama.cpp as well. Unless it is so many on average over some passes.
+constexpr size_t rare_part  = 3;
 constexpr double rare_ratio = 2.0;
+constexpr double rare_share = 0.15;
+constexpr double rare_rate  = 1.0 / 32.0;
 
 } // namespace
 
@@ -238,14 +240,19 @@ double governor::plain_us() const {
 double governor::judged_us() {
     std::sort(planned_.begin(), planned_.end(),
               [](const planned_layer & a, const planned_layer & b) { return a.ratio < b.ratio; });
-    double us          = pass_us_;
+    double rare_us     = 0.0;
+    int n_rare         = 0;
     const size_t n     = planned_.size();
     const double usual = n == 0 ? 1.0 : planned_[n / 2].ratio;
-    for (size_t i = n - n / rare_share; i < n; ++i) {
+    for (size_t i = n - n / rare_part; i < n; ++i) {
         const planned_layer & layer = planned_[i];
-        us -= layer.ratio > rare_ratio * usual ? layer.span_us * (1.0 - usual / layer.ratio) : 0.0;
+        if (layer.ratio > rare_ratio * usual) {
+            rare_us += layer.span_us * (1.0 - usual / layer.ratio);
+            n_rare++;
+        }
     }
-    return us;
+    rare_ += n == 0 ? 0.0 : (n_rare / static_cast<double>(n) - rare_) * rare_rate;
+    return rare_ > rare_share ? pass_us_ : pass_us_ - rare_us;
 }
 
 bool governor::end_pass(bool is_decode, guard_change & change) {

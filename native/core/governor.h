@@ -120,6 +120,7 @@ private:
         double span_us, ratio; // ratio: over what was planned
     };
     std::vector<planned_layer> planned_; // of the pass at hand
+    double rare_ = 0.0;                  // share of layers far slower than planned, moving average
     layer_sample sample_;
     std::vector<copy_sample> copies_;
     reading readings_[n_readings];
