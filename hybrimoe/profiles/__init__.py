@@ -283,5 +283,6 @@ def _changed(machine: Machine, change: str) -> Machine:
     except ValueError as error:
         raise UsageError(f"'{change}' cannot replace a part of '{machine.name}': {error}") from error
     raise UsageError(
-        f"'{change}' names no part of '{machine.name}'", "parts: link=pcie3, ram=ddr4, gpu=rtx3060, gpus=2, vram=16GiB, cores=8"
+        f"'{change}' names no part of '{machine.name}'",
+        "parts: link=pcie3, ram=ddr4, gpu=rtx3060, gpus=2, vram=16GiB, cores=8",
     )
