@@ -330,8 +330,11 @@ def test_the_guard_rests_where_all_experts_are_resident(demo: Loaded, name: str)
     assert max(w.to_plain for w in loop.windows) <= 1.03
 
 
-@pytest.mark.parametrize("share", [0.25, 0.5])
-@pytest.mark.parametrize("name", ["demo", "deepseek-v2-lite"])
+# Of Qwen3's experts half fit those that its short trace asks for, so that its link hardly matters.
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [*((name, share) for name in ("demo", "deepseek-v2-lite") for share in (0.25, 0.5, 0.75)), ("qwen3-30b-a3b", 0.25)],
+)
 def test_the_guard_gives_way_to_a_slow_link_and_comes_back(demo: Loaded, name: str, share: float) -> None:
     """Costs do not follow: the guard alone sees that copies take ten times what they are believed to take."""
     begin, end = 512, 1024
