@@ -26,7 +26,7 @@ BUILD = ROOT / "build" / "fuzz"
 NATIVE = ("settings", "state", "route_trace", "costs", "trace_ring")
 PYTHON = (
     "gguf", "gguf-split", "trace", "route-csv", "layer-csv", "moe-beyond-csv", "npz", "calibration", "config",
-    "machine", "costs", "chat", "http",
+    "machine", "machine-changes", "costs", "chat", "http",
 )  # fmt: skip
 _CLANGS = ("clang++", *(f"clang++-{n}" for n in range(22, 12, -1)))
 # What libFuzzer prints at its end (-print_final_stats=1).

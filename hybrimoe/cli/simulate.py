@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,7 +19,12 @@ if TYPE_CHECKING:
     from hybrimoe.trace.format import TraceFile
     from hybrimoe.trace.parity import Parity
 
-_SHAPE, _CLOCK, _OUTPUT = "What to try", "With a clock", "Output"
+_SHAPE, _CLOCK, _CHANGES, _OUTPUT = "What to try", "With a clock", "A machine that changes", "Output"
+# Parameters that `--machine-changes` has a use for; others are refused beside it.
+_WITH_CHANGES = (
+    "traces", "machine_changes", "tokens", "cache_policy", "expert_cache", "admission", "schedule", "prefetch",
+    "prompts", "model", "as_json", "form", "output", "plot", "list_profiles",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,11 +53,15 @@ class Request:
     plot: Path | None
     html: Path | None
     recorded: bool
+    machine_changes: Path | None
+    tokens: int | None
+    given: frozenset[str]  # parameters that the command line names
 
 
 def add_to(app: typer.Typer) -> None:
     @app.command(context_settings=HELP_NAMES)
     def simulate(
+        context: typer.Context,
         traces: Annotated[list[Path] | None, typer.Argument(metavar="TRACE...", help="Trace files.")] = None,
         cache_policy: Annotated[
             str | None,
@@ -159,6 +169,28 @@ def add_to(app: typer.Typer) -> None:
         list_profiles: Annotated[
             bool, typer.Option("--list-profiles", rich_help_panel=_CLOCK, help="List the machine presets, then end.")
         ] = False,
+        machine_changes: Annotated[
+            Path | None,
+            typer.Option(
+                "--machine-changes",
+                metavar="FILE",
+                rich_help_panel=_CHANGES,
+                help="A machine whose costs change while it runs: decisions on beliefs, times at the truth "
+                "(docs/simulate.md). One trace, size and policy; what is not given is as in the engine, half of the "
+                "experts cached.",
+            ),
+        ] = None,
+        tokens: Annotated[
+            int | None,
+            typer.Option(
+                "--tokens",
+                metavar="N",
+                min=1,
+                max=1 << 20,
+                rich_help_panel=_CHANGES,
+                help="Repeat the trace until there are so many. [default: 512 after the last change]",
+            ),
+        ] = None,
         jobs: Annotated[
             int | None, typer.Option("-j", "--jobs", metavar="N", min=1, help="Processes. [default: one per core]")
         ] = None,
@@ -186,16 +218,33 @@ def add_to(app: typer.Typer) -> None:
         """Try cache policies, sizes, prefetch, schedules and machines on traces, with the core that the engine runs.
 
         Without --profile the replay has no clock: of a step's experts all are looked up, then every miss is admitted.
-        With one, times are simulated on that machine; they are estimates.
+        With one, times are simulated on that machine; they are estimates. With --machine-changes the machine changes
+        while it runs, and the engine's own following of costs, trials and guard have to find that out.
         """
         if list_profiles:
             finish(_list_profiles)
         request = Request(
             traces or [], cache_policy, expert_cache, kept, cold, admission, prompts, model, profile, schedule,
             prefetch, lookahead, gap_us, ubatch_size, max_window_layers, pay_back, jobs,
-            "json" if as_json else form, output, plot, html, recorded,
+            "json" if as_json else form, output, plot, html, recorded, machine_changes, tokens, _given(context),
         )  # fmt: skip
-        finish(lambda: _simulate(request))
+        flags = {p.name or "": p.opts[0] for p in context.command.params}
+        finish(lambda: _simulate(request) if machine_changes is None else _with_changes(request, flags))
+
+
+def _given(context: typer.Context) -> frozenset[str]:
+    sources = ((name, context.get_parameter_source(name)) for name in context.params)
+    return frozenset(name for name, source in sources if source is not None and source.name != "DEFAULT")
+
+
+def _with_changes(request: Request, flags: Mapping[str, str]) -> int:
+    from hybrimoe.cli.closed_loop import closed_loop
+
+    for name in flags:
+        if name in request.given and name not in _WITH_CHANGES:
+            known = ", ".join(flags[n] for n in _WITH_CHANGES[2:-1])
+            raise UsageError(f"--machine-changes has no use for {flags[name]}", f"it takes {known}")
+    return closed_loop(request)
 
 
 def _list_profiles() -> None:
@@ -215,6 +264,8 @@ def _simulate(request: Request) -> int:
 
     if not request.traces:
         raise UsageError("simulate needs a trace", "hybrimoe trace record -o demo.trace")
+    if request.tokens is not None:
+        raise UsageError("--tokens is of no use without --machine-changes", "--prompts N replays the first N prompts")
     if request.form not in report.FORMATS:
         raise UsageError(f"--format: there is no '{request.form}'", f"known are {', '.join(report.FORMATS)}")
     if request.recorded:

@@ -6,7 +6,6 @@ executes at the true costs and reports timings as the engine measures them. Time
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybrimoe.errors import UsageError, from_os_error
 from hybrimoe.files import read_text
+from hybrimoe.json_text import parse_json
 from hybrimoe.native.core import Costs
 from hybrimoe.native.core_runtime import GuardLevel, MachinePhase, Runtime
 
@@ -22,11 +22,24 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from hybrimoe.native.core_replay import Trace
+    from hybrimoe.simulate.machines import Hardware
     from hybrimoe.trace.format import ModelIdentity
 
-__all__ = ["WINDOW", "ClosedLoop", "Factors", "MachineChanges", "Phase", "Window", "read_changes", "run_closed_loop"]
+__all__ = [
+    "MOST_TOKENS",
+    "WINDOW",
+    "ClosedLoop",
+    "Disturbance",
+    "Factors",
+    "MachineChanges",
+    "Phase",
+    "Window",
+    "read_changes",
+    "run_closed_loop",
+]
 
 WINDOW = 32  # tokens
+MOST_TOKENS = 1 << 20  # of a run: some minutes
 _TOKENS_AFTER_CHANGES = 512
 # CPU reads and copies together, over what the CPU reads alone, where a profile has no ceiling: dual-channel desktops
 # reach 44-45 GB/s together and 37-38 alone, servers more.
@@ -127,7 +140,7 @@ def read_changes(path: Path) -> MachineChanges:
         HybrimoeError: it cannot be read.
     """
     try:
-        data = json.loads(read_text(path))
+        data = parse_json(read_text(path))
     except OSError as error:
         raise from_os_error(error, f"read '{path}'") from error
     except ValueError as error:
@@ -155,8 +168,8 @@ def _changes(data: Any) -> MachineChanges:
         name = f"phases[{number}]"
         phase = _object(one, name, ("from_token", *_FACTORS, *_DISTURBANCE))
         first = phase.get("from_token")
-        if not isinstance(first, int) or isinstance(first, bool) or first < 0:
-            raise _Fault(f"'{name}.from_token' must be a token's number")
+        if not isinstance(first, int) or isinstance(first, bool) or not 0 <= first < MOST_TOKENS:
+            raise _Fault(f"'{name}.from_token' must be a token's number, below {MOST_TOKENS}")
         if first != 0 and not phases:
             raise _Fault("the first phase must begin with token 0")
         if phases and first <= phases[-1].from_token:
@@ -202,22 +215,22 @@ def _disturbance(given: Mapping[str, Any], usual: Disturbance, prefix: str) -> D
         out = replace(out, noise=_number(given["noise"], f"{prefix}noise", 0.0, 0.99))
     if "outliers" in given:
         one = _object(given["outliers"], f"{prefix}outliers", ("share", "factor"))
-        share = _number(one.get("share", 0.0), f"{prefix}outliers.share", 0.0, 0.99)
-        factor = _number(one.get("factor", 30.0), f"{prefix}outliers.factor", 1e-3, 1e6)
+        share = _number(one.get("share", out.outlier_share), f"{prefix}outliers.share", 0.0, 0.99)
+        factor = _number(one.get("factor", out.outlier_factor), f"{prefix}outliers.factor", 1e-3, 1e6)
         out = replace(out, outlier_share=share, outlier_factor=factor)
     if "waits" in given:
         one = _object(given["waits"], f"{prefix}waits", ("every_layers", "us"))
-        every = one.get("every_layers", 0)
+        every = one.get("every_layers", out.waits_every_layers)
         if not isinstance(every, int) or isinstance(every, bool) or not 0 <= every <= 1024:
-            raise _Fault(f"'{prefix}waits.every_layers' must be a number of layers")
-        us = _number(one.get("us", 0.0), f"{prefix}waits.us", 0.0, 1e9)
+            raise _Fault(f"'{prefix}waits.every_layers' must be a number of layers, at most 1024")
+        us = _number(one.get("us", out.waits_us), f"{prefix}waits.us", 0.0, 1e9)
         out = replace(out, waits_every_layers=every, waits_us=us)
     return out
 
 
 def _scaled_curve(curve: Mapping[str, Any], factor: float) -> dict[str, Any]:
     if "points" in curve:
-        return {"points": [[n, us * factor] for n, us in curve["points"]]}
+        return {"points": [[n, float(us) * factor] for n, us in curve["points"]]}
     return {key: float(curve[key]) * factor for key in ("fixed_us", "per_token_us")}
 
 
@@ -247,13 +260,11 @@ def _scaled(section: Mapping[str, Any], f: Factors) -> dict[str, Any]:
     return out
 
 
-def _with_ceiling(section: Mapping[str, Any]) -> Mapping[str, Any]:
-    if section.get("dram_bytes_per_us") is not None:
+def _with_ceiling(hardware: Hardware, model: ModelIdentity) -> Mapping[str, Any]:
+    section = hardware.section(model)
+    if section["dram_bytes_per_us"] is not None:
         return section
-    one = section["classes"][0]
-    curve = one["cpu"]
-    us = curve["points"][0][1] if "points" in curve else curve["fixed_us"] + curve["per_token_us"]
-    return {**section, "dram_bytes_per_us": _CEILING_OVER_CPU * float(one["expert_bytes"]) / float(us)}
+    return {**section, "dram_bytes_per_us": _CEILING_OVER_CPU * hardware.rates(model).cpu}
 
 
 def _hardware(changes: MachineChanges, model: ModelIdentity) -> tuple[Mapping[str, Any], float]:
@@ -261,13 +272,16 @@ def _hardware(changes: MachineChanges, model: ModelIdentity) -> tuple[Mapping[st
     from hybrimoe.simulate.machines import Hardware, open_machine
 
     if isinstance(changes.profile, str):
-        hardware = open_machine(changes.profile)
+        try:
+            hardware = open_machine(changes.profile)
+        except OSError as error:  # a name that is no path at all
+            raise from_os_error(error, "open the machine in 'profile'") from error
     else:
         hardware = Hardware("costs", None, changes.profile)
     try:
-        section = _with_ceiling(hardware.section(model))
         _, gap_us = hardware.costs(model)
-    except (KeyError, TypeError, IndexError) as error:
+        section = _with_ceiling(hardware, model)
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise UsageError(f"'profile' is not a cost section: {error}", "docs/simulate.md describes the file") from error
     if not section["devices"]:
         raise UsageError(f"'{hardware.name}' has no card: there is nothing to decide", "name a machine with one")
@@ -350,12 +364,17 @@ def _window(ours: npt.NDArray[Any], oracle: npt.NDArray[Any], first: int) -> Win
         us_per_token=us / len(ours),
         oracle_us_per_token=oracle_us / len(ours),
         plain_us_per_token=plain_us / len(ours),
-        to_oracle=us / oracle_us,
-        to_plain=us / plain_us,
-        trying=float(ours["trying_us"].sum()) / us,
+        to_oracle=_ratio(us, oracle_us),
+        to_plain=_ratio(us, plain_us),
+        trying=float(ours["trying_us"].sum()) / us if us else 0.0,
         guard=GuardLevel(int(ours["level"].max())).label,
         n_trials=int(ours["n_trials"].sum()),
         experts_gpu=int(ours["n_gpu"].sum()),
         copies=int(ours["n_copies"].sum()),
         believed=Factors(*(float(ours[f"believed_{name}"][-1]) for name in _FACTORS)),
     )
+
+
+def _ratio(us: float, of_us: float) -> float:
+    """1 where no layer ran."""
+    return us / of_us if of_us else 1.0

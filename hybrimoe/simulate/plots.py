@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybrimoe.errors import HybrimoeError
 from hybrimoe.native.core import Kind, Policy
+from hybrimoe.native.core_runtime import GuardLevel
 from hybrimoe.simulate.grid import Point, describe
 from hybrimoe.simulate.replay import Row
 from hybrimoe.simulate.report import advice, table_cells
@@ -19,9 +20,10 @@ from hybrimoe.simulate.timeline import layer_timeline, residency
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from hybrimoe.simulate.closed_loop import ClosedLoop, MachineChanges, Phase
     from hybrimoe.trace.format import TraceFile
 
-__all__ = ["figures", "html_page", "png"]
+__all__ = ["closed_loop_figure", "figures", "html_page", "png"]
 
 _DPI = 110
 
@@ -129,6 +131,62 @@ def _heat_map(shares: Any, what: str) -> Figure:
     axes.set_title(f"Which experts stay in the cache: {what}", fontsize=10)
     figure.colorbar(image, ax=axes, label="share of the tokens that found it there")
     return figure
+
+
+def closed_loop_figure(loop: ClosedLoop, changes: MachineChanges) -> Figure:
+    """Time per token over tokens beside oracle and plain, the guard's levels below; what disturbs is shaded."""
+    figure = _figure(9, 5.4)
+    times, levels = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    edges = [w.first_token for w in loop.windows] + [loop.n_tokens]
+    for name, label, style in (
+        ("plain_us_per_token", "plain (better of all on the CPU, whole layers on the card)", {"color": "#888888"}),
+        ("us_per_token", "ours, on beliefs", {"color": "#4c78a8", "linewidth": 2.0}),
+        ("oracle_us_per_token", "oracle, told the true costs", {"color": "#e45756", "linestyle": "--"}),
+    ):
+        times.stairs([getattr(w, name) for w in loop.windows], edges, baseline=None, label=label, **style)
+    times.set_yscale("log")
+    times.set_ylabel("us per token (simulated)")
+    times.grid(alpha=0.3)
+    worst = f"worst to oracle in the last third {loop.worst_to_oracle_last_third:.3f}"
+    what = f"{loop.model}, {loop.n_slots} slots per layer, {loop.policy}; every token replayed as decode"
+    times.set_title(f"{what}\n{worst}", fontsize=10)
+    names = [level.label for level in GuardLevel]
+    levels.stairs([names.index(w.guard) for w in loop.windows], edges, baseline=None, color="#54a24b", linewidth=2.0)
+    levels.set_yticks(range(len(names)), names, fontsize=8)
+    levels.set_ylim(len(names) - 0.5, -0.5)
+    levels.set_ylabel("guard")
+    levels.grid(alpha=0.3)
+    levels.set_xlabel("token")
+    levels.set_xlim(0, loop.n_tokens)
+    ends = [p.from_token for p in changes.phases[1:]] + [loop.n_tokens]
+    usual = changes.phases[0]
+    for phase, end in zip(changes.phases, ends, strict=True):
+        if phase.from_token >= loop.n_tokens:
+            break
+        is_usual = (phase.factors, phase.disturbance) == (usual.factors, usual.disturbance)
+        for axes in (times, levels):
+            if not is_usual:
+                axes.axvspan(phase.from_token, min(end, loop.n_tokens), color="#f58518", alpha=0.12, linewidth=0)
+            axes.axvline(phase.from_token, color="#f58518", alpha=0.4, linewidth=0.8)
+        # Many short phases, as of a ramp, would write over each other.
+        if not is_usual and end - phase.from_token >= loop.n_tokens / 24:
+            text = _what_is_true(phase)
+            at = (phase.from_token, 0.98)
+            times.annotate(text, at, xycoords=("data", "axes fraction"), va="top", fontsize=7)
+    times.legend(fontsize=8, loc="best")
+    return figure
+
+
+def _what_is_true(phase: Phase) -> str:
+    """Factors that are not 1, and disturbances, a line each."""
+    f, d = phase.factors, phase.disturbance
+    pairs = (("cpu", f.cpu), ("gpu", f.gpu), ("link", f.link), ("dram", f.dram))
+    lines = [f"{name} x{value:g}" for name, value in pairs if value != 1.0]
+    if d.outlier_share:
+        lines.append(f"{100 * d.outlier_share:g} % x{d.outlier_factor:g}")
+    if d.waits_every_layers and d.waits_us:
+        lines.append(f"waits {d.waits_us / 1000:g} ms")
+    return "\n".join(lines)
 
 
 _STYLE = """

@@ -137,6 +137,14 @@ def calibration() -> dict[str, Any]:
     }
 
 
+def machine_changes(profile: Any) -> dict[str, Any]:
+    """A file of `simulate --machine-changes`."""
+    waits = {"every_layers": 2, "us": 3000}
+    phases = [{"from_token": 0, "noise": 0.1}, {"from_token": 2, "cpu": 20, "waits": waits}, {"from_token": 5}]
+    usual = {"noise": 0.04, "outliers": {"share": 0.1, "factor": 30}, "seed": 3, "live": True, "guard": True}
+    return {"profile": profile, "believed": {"link": 10, "dram": 0.5}, "phases": phases, **usual}
+
+
 def machine() -> dict[str, Any]:
     """A machine file of `--profile` and `--machine`."""
     from hybrimoe import profiles

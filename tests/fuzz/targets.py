@@ -83,7 +83,7 @@ def make_targets(seeds: Seeds) -> dict[str, Target]:
     """All targets whose code is Python, by name."""
     made = [
         _gguf(seeds), _gguf_split(seeds), _trace(seeds), *_imports(seeds), _calibration(seeds), _config(), _machine(),
-        _costs(), _chat(seeds),
+        _machine_changes(), _costs(), _chat(seeds),
     ]  # fmt: skip
     return {target.name: target for target in made}
 
@@ -357,6 +357,28 @@ def _machine() -> Target:
         (1, 2),
         (("plan", "MODEL", "--machine", "FILE"),),
     )
+
+
+def _machine_changes() -> Target:
+    """A file of `simulate --machine-changes`, with a machine's name or a cost section in it."""
+    import numpy as np
+
+    from hybrimoe.native.core_replay import Trace
+    from hybrimoe.simulate.closed_loop import read_changes, run_closed_loop
+    from hybrimoe.trace.format import ModelIdentity
+
+    sound = [corpus.machine_changes(profile) for profile in ("rtx3060-pcie4-ddr4", corpus.COSTS)]
+    n_layers = len(corpus.COSTS["layer_class"])
+    trace = Trace(np.tile(np.arange(2), (8, n_layers, 1)), 4)
+    model = ModelIdentity("fuzzed", n_layers, 4, 2, expert_bytes=(1_000_000,) * n_layers)
+
+    def use(path: Path) -> None:
+        run_closed_loop(trace, model, read_changes(path), 2, n_tokens=8).to_json()
+
+    def mutate(rng: random.Random) -> Case:
+        return Case(mutators.dump_json(rng, mutators.mutate_json(rng, rng.choice(sound))))
+
+    return Target("machine-changes", ".json", mutate, use, [Case(json.dumps(one).encode()) for one in sound], (1, 2))
 
 
 def _costs() -> Target:

@@ -17,7 +17,7 @@ N_INPUTS = 1000
 MOST_S = 20.0
 NAMES = (
     "gguf", "gguf-split", "trace", "route-csv", "layer-csv", "list-csv", "moe-beyond-csv", "npz", "calibration",
-    "config", "machine", "costs", "chat",
+    "config", "machine", "machine-changes", "costs", "chat",
 )  # fmt: skip
 
 
