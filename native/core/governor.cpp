@@ -8,12 +8,14 @@ namespace hybrimoe {
 namespace {
 
 constexpr double refuting = 1.3;
-// Of a pass's layers up to a third may be far slower than planned, by this factor over the usual one, without a word from
-// the guard: another program's time slices hit plain llama.cpp as well. Unless it is so many on average over some passes.
-constexpr size_t rare_part  = 3;
-constexpr double rare_ratio = 2.0;
-constexpr double rare_share = 0.15;
-constexpr double rare_rate  = 1.0 / 32.0;
+// Of a pass's layers up to a third may be far slower than planned, by this factor over the usual one, without a word
+// from the guard: another program's time slices hit plain llama.cpp as well. Unless it is so many on average over some
+// passes, or layers with copies lose so much of the time: copies are what the guard gives up.
+constexpr size_t rare_part      = 3;
+constexpr double rare_ratio     = 2.0;
+constexpr double rare_share     = 0.15;
+constexpr double rare_lost_time = 0.3;
+constexpr double rare_rate      = 1.0 / 32.0;
 
 } // namespace
 
@@ -23,10 +25,12 @@ status governor::create(const cost_model & calibrated, const governor_options & 
     made.runtime_ = &rt;
     made.costs_   = calibrated;
     HYBRIMOE_TRY(cost_estimator::create(calibrated, options.estimator, made.estimator_));
-    made.guard_               = hybrimoe::guard(options.levels);
-    trial_options tries       = options.trials;
-    tries.on                  = tries.on && options.live;
-    made.trials_              = trials(calibrated.n_devices(), tries);
+    guard_options levels = options.levels;
+    levels.has_prefetch  = levels.has_prefetch && rt.has_prefetch();
+    made.guard_          = hybrimoe::guard(levels);
+    trial_options tries  = options.trials;
+    tries.on             = tries.on && options.live;
+    made.trials_         = trials(calibrated.n_devices(), tries);
     made.plain_.resize(static_cast<size_t>(calibrated.n_layers()));
     out = std::move(made);
     return {};
@@ -68,7 +72,6 @@ void governor::end_layer(const layer_event & event, const decision & made, const
             plain.gpu_us[d] += costs_.t_gpu(event.layer, d, w.n_tokens);
         }
     }
-    planned_.push_back({timing.span_us, timing.span_us / std::max(made.untried_us + timing.overhead_us, 1e-3)});
     settle();
     layer_sample & s = sample_;
     s.is_new         = options_.live;
@@ -89,6 +92,8 @@ void governor::end_layer(const layer_event & event, const decision & made, const
             waits_for_copy[at.device] = waits_for_copy[at.device] || at.copied || made.items[i].loading;
         }
     }
+    planned_.push_back({timing.span_us, timing.span_us / std::max(made.untried_us + timing.overhead_us, 1e-3),
+                        std::any_of(waits_for_copy, waits_for_copy + max_devices, [](bool waits) { return waits; })});
     for (int d = 0; d < costs_.n_devices(); ++d) {
         // A copy that it waited for is the link's time, not the accelerator's.
         if (waits_for_copy[d] || !timing.gpu_is_known[d]) {
@@ -132,7 +137,8 @@ void governor::settle() {
         for (const reading & r : readings_) {
             own = r.device == cpu_device && r.begin_us == t.cpu_begin_us ? r : own;
         }
-        estimator_.observe_cpu(sample_.layer, sample_.loads[0].data(), n_of(cpu_device), t.cpu_us, t.now_us, beside(own));
+        estimator_.observe_cpu(sample_.layer, sample_.loads[0].data(), n_of(cpu_device), t.cpu_us, t.now_us,
+                               beside(own));
     }
     for (int d = 0; t.is_complete && d < costs_.n_devices(); ++d) {
         if (n_of(d) > 0) {
@@ -240,19 +246,23 @@ double governor::plain_us() const {
 double governor::judged_us() {
     std::sort(planned_.begin(), planned_.end(),
               [](const planned_layer & a, const planned_layer & b) { return a.ratio < b.ratio; });
-    double rare_us     = 0.0;
+    double rare_us = 0.0, rare_copies_us = 0.0;
     int n_rare         = 0;
     const size_t n     = planned_.size();
     const double usual = n == 0 ? 1.0 : planned_[n / 2].ratio;
     for (size_t i = n - n / rare_part; i < n; ++i) {
         const planned_layer & layer = planned_[i];
         if (layer.ratio > rare_ratio * usual) {
-            rare_us += layer.span_us * (1.0 - usual / layer.ratio);
+            (layer.has_copies ? rare_copies_us : rare_us) += layer.span_us * (1.0 - usual / layer.ratio);
             n_rare++;
         }
     }
-    rare_ += n == 0 ? 0.0 : (n_rare / static_cast<double>(n) - rare_) * rare_rate;
-    return rare_ > rare_share ? pass_us_ : pass_us_ - rare_us;
+    if (n > 0 && pass_us_ > 0.0) {
+        rare_ += (n_rare / static_cast<double>(n) - rare_) * rare_rate;
+        lost_in_copies_ += (rare_copies_us / pass_us_ - lost_in_copies_) * rare_rate;
+    }
+    return rare_ > rare_share ? pass_us_
+                              : pass_us_ - rare_us - (lost_in_copies_ > rare_lost_time ? 0.0 : rare_copies_us);
 }
 
 bool governor::end_pass(bool is_decode, guard_change & change) {
@@ -262,7 +272,7 @@ bool governor::end_pass(bool is_decode, guard_change & change) {
     floor_us_         = plain_us();
     int64_t n_changes = 0;
     resource all[1 + 2 * max_devices];
-    int n = 0;
+    int n    = 0;
     all[n++] = {resource_kind::cpu, cpu_device};
     for (int d = 0; d < costs_.n_devices(); ++d) {
         all[n++] = {resource_kind::gpu, d};

@@ -1,10 +1,10 @@
 // Keeps decisions right while the machine changes: follows the costs (cost_estimator), tries what is not used (trials),
-// and compares with plain llama.cpp (guard). The engine and the closed loop (replay/closed_loop.h) drive this same object;
-// like the runtime it has no clock, thread or I/O.
+// and compares with plain llama.cpp (guard). The engine and the closed loop (replay/closed_loop.h) drive this same
+// object; like the runtime it has no clock, thread or I/O.
 //
-// One span counts for plan, prediction, observation, guard and floor: from the layer's input being complete on the device
-// that made it to its result being usable by llama.cpp's next node. `overhead` is the part of it that does not depend on
-// who computes what: input down, router, plan, launch calls, merge, result up.
+// One span counts for plan, prediction, observation, guard and floor: from the layer's input being complete on the
+// device that made it to its result being usable by llama.cpp's next node. `overhead` is the part of it that does not
+// depend on who computes what: input down, router, plan, launch calls, merge, result up.
 //
 // Use, on one thread:
 //   governor.begin_pass();                       // before the first layer of a pass
@@ -34,15 +34,15 @@ struct governor_options {
 
 // How one planned layer went, in microseconds.
 struct layer_timing {
-    bool is_complete   = true; // everything was computed where it was planned
-    double span_us     = 0.0;
-    double overhead_us = 0.0;
-    double cpu_us      = -1.0; // the CPU's experts, from when the CPU was free for them; below 0: none or not known
-    double cpu_begin_us = 0.0; // when that was, on the clock of now_us
-    double gpu_us[max_devices]{};    // from the launch on
+    bool is_complete    = true; // everything was computed where it was planned
+    double span_us      = 0.0;
+    double overhead_us  = 0.0;
+    double cpu_us       = -1.0;   // the CPU's experts, from when the CPU was free for them; below 0: none or not known
+    double cpu_begin_us = 0.0;    // when that was, on the clock of now_us
+    double gpu_us[max_devices]{}; // from the launch on
     bool gpu_is_known[max_devices]{}; // false: no experts there, or nothing is known
     bool gpu_at_most[max_devices]{};  // it had ended by then; when is not known
-    double now_us       = 0.0;
+    double now_us = 0.0;
 };
 
 class governor {
@@ -118,9 +118,11 @@ private:
     std::vector<plain_layer> plain_; // [n_layers], of the pass at hand
     struct planned_layer {
         double span_us, ratio; // ratio: over what was planned
+        bool has_copies;       // it waited for some
     };
     std::vector<planned_layer> planned_; // of the pass at hand
-    double rare_ = 0.0;                  // share of layers far slower than planned, moving average
+    // Moving averages: the share of layers far slower than planned, and of the time that those with copies lost by it.
+    double rare_ = 0.0, lost_in_copies_ = 0.0;
     layer_sample sample_;
     std::vector<copy_sample> copies_;
     reading readings_[n_readings];
@@ -132,7 +134,8 @@ private:
 };
 
 // Slots of each layer [n_layers] that hold whole layers, the first ones that a device's memory takes. `wanted`:
-// [n_devices, n_layers] slots of the cache that is given up; `bytes` and `n_expert`: of one expert and of all, per layer.
+// [n_devices, n_layers] slots of the cache that is given up; `bytes` and `n_expert`: of one expert and of all, per
+// layer.
 std::vector<std::vector<int>> static_slots(const std::vector<std::vector<int>> & wanted,
                                            const std::vector<double> & bytes, const std::vector<int> & n_expert);
 

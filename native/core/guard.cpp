@@ -7,10 +7,6 @@ namespace hybrimoe {
 
 namespace {
 
-guard_level next(guard_level level, int by) {
-    return static_cast<guard_level>(static_cast<int>(level) + by);
-}
-
 double median(const double * values, int n) {
     double sorted[64];
     std::copy(values, values + n, sorted);
@@ -35,12 +31,19 @@ const char * guard_level_name(guard_level level) {
     }
 }
 
+guard_level guard::next(int by) const {
+    const auto to = static_cast<guard_level>(static_cast<int>(level_) + by);
+    return to == guard_level::no_prefetch && !options_.has_prefetch
+               ? static_cast<guard_level>(static_cast<int>(to) + by)
+               : to;
+}
+
 bool guard::change(guard_level to, bool is_trial, guard_change & out) {
     out       = {level_, to, last_token_us_, last_floor_us_, is_trial};
     level_    = to;
     on_trial_ = is_trial;
     quiet_    = 0;
-    n_         = 0;
+    n_        = 0;
     n_changes_++;
     return true;
 }
@@ -66,10 +69,10 @@ bool guard::on_token(const guard_token & t, guard_change & out) {
     if (!std::isfinite(token_us) || !std::isfinite(t.floor_us) || token_us <= 0.0 || t.floor_us <= 0.0) {
         return false;
     }
-    const int window  = std::clamp(options_.window, 1, max_window);
-    tokens_us_[n_]    = t.token_us;
-    floors_us_[n_]    = t.floor_us;
-    ratios_[n_++]     = token_us / t.floor_us;
+    const int window = std::clamp(options_.window, 1, max_window);
+    tokens_us_[n_]   = t.token_us;
+    floors_us_[n_]   = t.floor_us;
+    ratios_[n_++]    = token_us / t.floor_us;
     quiet_++;
     const bool is_full = n_ >= window;
     if (!is_full && !(on_trial_ && n_ >= options_.early_tokens)) {
@@ -81,7 +84,7 @@ bool guard::on_token(const guard_token & t, guard_change & out) {
     }
     last_token_us_ = median(tokens_us_, n_);
     last_floor_us_ = median(floors_us_, n_);
-    n_ = 0;
+    n_             = 0;
     return on_trial_ ? end_trial(ratio, true, out) : end_window(ratio, out);
 }
 
@@ -96,7 +99,7 @@ bool guard::end_trial(double ratio, bool is_full, guard_change & out) {
         return false;
     }
     pause_ = std::min(2 * std::max(pause_, options_.pause_tokens / 2), options_.max_pause);
-    return change(next(level_, 1), false, out);
+    return change(next(1), false, out);
 }
 
 bool guard::end_window(double ratio, guard_change & out) {
@@ -105,7 +108,7 @@ bool guard::end_window(double ratio, guard_change & out) {
     if (is_loss && !has_resigned_) {
         if (level_ != guard_level::static_layers) {
             pause_ = std::max(pause_, options_.pause_tokens);
-            return change(next(level_, 1), false, out);
+            return change(next(1), false, out);
         }
         // Not even this helps: the loss comes from elsewhere, so take the level that lost least.
         int best = static_cast<int>(level_);
@@ -129,7 +132,7 @@ bool guard::end_window(double ratio, guard_change & out) {
     }
     if (level_ != guard_level::full) {
         before_ = ratio;
-        return change(next(level_, -1), true, out);
+        return change(next(-1), true, out);
     }
     return false;
 }

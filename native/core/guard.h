@@ -24,14 +24,15 @@ constexpr int n_guard_levels = 5;
 const char * guard_level_name(guard_level level);
 
 struct guard_options {
-    int window        = 16;    // tokens that decide
-    double tolerance  = 0.03;  // slower than the floor by more than this share is a loss
-    double gain       = 0.02;  // a level is better than another if it is faster by more than this share
-    int pause_tokens  = 16;    // before the first trial
+    int window        = 16;   // tokens that decide
+    double tolerance  = 0.03; // slower than the floor by more than this share is a loss
+    double gain       = 0.02; // a level is better than another if it is faster by more than this share
+    int pause_tokens  = 16;   // before the first trial
     int max_pause     = 256;
     int early_tokens  = 4;     // a trial ends after so many tokens ...
     double early_loss = 1.25;  // ... if it is so much slower than what it left
     double share      = 0.008; // of the time that refilling slots for a trial may take
+    bool has_prefetch = true;  // else the level without it is left out
 };
 
 // One decoded token. All in microseconds, over the same span (governor.h).
@@ -71,6 +72,7 @@ public:
 private:
     static constexpr int max_window = 64;
 
+    guard_level next(int by) const;
     bool change(guard_level to, bool is_trial, guard_change & out);
     bool end_window(double ratio, guard_change & out);
     bool end_trial(double ratio, bool is_full, guard_change & out);
@@ -79,16 +81,16 @@ private:
     guard_options options_;
     guard_level level_ = guard_level::full;
     double ratios_[max_window]{}, tokens_us_[max_window]{}, floors_us_[max_window]{};
-    int n_              = 0;
-    int pause_          = guard_options().pause_tokens;
-    int64_t quiet_      = 0; // tokens since the last change
-    bool on_trial_      = false;
-    bool has_resigned_  = false; // no level helped: stays where it lost least until the pause is over
-    double before_      = 0.0;   // ratio at the level that the trial left
+    int n_             = 0;
+    int pause_         = guard_options().pause_tokens;
+    int64_t quiet_     = 0; // tokens since the last change
+    bool on_trial_     = false;
+    bool has_resigned_ = false;         // no level helped: stays where it lost least until the pause is over
+    double before_     = 0.0;           // ratio at the level that the trial left
     double measured_[n_guard_levels]{}; // ratio at each level of this descent; 0: not measured
     double refill_us_     = 0.0;
     double last_floor_us_ = 0.0, last_token_us_ = 0.0;
-    int64_t n_changes_    = 0;
+    int64_t n_changes_ = 0;
 };
 
 } // namespace hybrimoe

@@ -359,8 +359,7 @@ bool runtime::issue_idle(transfer_kind kind, int layer, int expert, int device, 
     const double bytes = costs_.of_layer(layer).bytes;
     const double start = std::max(now_us, link_free_us_[device]);
     const double end   = start + costs_.t_copy(device, bytes);
-    return end <= window_end_us_ && bytes <= spare_bytes_ &&
-           issue(kind, layer, expert, device, saved_us, now_us);
+    return end <= window_end_us_ && bytes <= spare_bytes_ && issue(kind, layer, expert, device, saved_us, now_us);
 }
 
 bool runtime::issue(transfer_kind kind, int layer, int expert, int device, double saved_us, double now_us) {
@@ -479,14 +478,13 @@ void runtime::try_compute(const layer_event & e, const layer_problem & problem) 
 // Copies one of the layer's missed experts in idle time, however long that is believed to take.
 void runtime::try_copy(const layer_event & e, double now_us) {
     const int device = e.trial.what.device;
-    const bool busy  = std::any_of(in_flight_.begin(), in_flight_.end(),
-                                   [device](const transfer & t) { return t.device == device; });
+    const bool busy =
+        std::any_of(in_flight_.begin(), in_flight_.end(), [device](const transfer & t) { return t.device == device; });
     if (busy || cache_.n_slots(e.layer, device) == 0) {
         return; // its end will tell
     }
     for (const work_item & w : decision_.items) {
-        const bool is_absent =
-            w.device == cpu_device && cache_.lookup(e.layer, w.expert).state == slot_state::absent;
+        const bool is_absent = w.device == cpu_device && cache_.lookup(e.layer, w.expert).state == slot_state::absent;
         if (is_absent && issue(transfer_kind::admit, e.layer, w.expert, device, 0.0, now_us)) {
             decision_.is_tried = true;
             return;

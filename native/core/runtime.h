@@ -63,8 +63,8 @@ struct decision {
     int n_hits = 0, n_misses = 0, n_late = 0;
     int horizon = 0; // layers ahead that prefetch looked
 
-    bool is_tried       = false; // the event's trial is part of the plan
-    double untried_us   = 0.0;   // makespan of the plan without it
+    bool is_tried     = false; // the event's trial is part of the plan
+    double untried_us = 0.0;   // makespan of the plan without it
 };
 
 struct runtime_stats {
@@ -77,7 +77,7 @@ struct runtime_stats {
     double stall_us             = 0.0; // predicted waits for copies that came late
     double makespan_us          = 0.0; // predicted, summed
     int64_t n_prefetch_switches = 0;
-    int64_t n_tried             = 0; // trials that were part of a plan
+    int64_t n_tried             = 0;                       // trials that were part of a plan
     uint64_t decision_hash      = 14695981039346656037ULL; // FNV-1a over every decision
 };
 
@@ -126,6 +126,7 @@ public:
     const cost_model & costs() const { return costs_; }
     const runtime_stats & stats() const { return stats_; }
     const std::vector<transfer> & in_flight() const { return in_flight_; }
+    bool has_prefetch() const { return prefetch_->horizon() > 0; }
     bool prefetch_on() const { return limits_.prefetch && pay_back_.enabled(); }
     int horizon() const { return horizon_.value(); }
 

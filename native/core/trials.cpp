@@ -7,12 +7,12 @@ namespace hybrimoe {
 
 namespace {
 
-constexpr double suspect_slowdown = 1.3; // slower than calibrated by so much: it may have recovered meanwhile
+constexpr double suspect_slowdown = 1.3;  // slower than calibrated by so much: it may have recovered meanwhile
 constexpr double surprise_ratio   = 0.67; // measured over believed: it has
 constexpr int n_follow_ups        = 2 * disturbance::window;
-constexpr int first_wait          = 4;   // passes until something that was never used is tried
-constexpr int pause_growth        = 16;  // a trial again after 1/16 of the time since the cost jumped
-constexpr double credit_passes    = 64;  // credit is kept for so many passes
+constexpr int first_wait          = 4;  // passes until something that was never used is tried
+constexpr int pause_growth        = 16; // a trial again after 1/16 of the time since the cost jumped
+constexpr double credit_passes    = 64; // credit is kept for so many passes
 
 } // namespace
 
@@ -88,8 +88,7 @@ void trials::on_tried(const resource & what, double price_us, const cost_estimat
         }
         const cost_state s  = costs.state(what);
         const bool surprise = s.last_pass >= costs.pass() && s.last_ratio < surprise_ratio;
-        c.n_follow_ups      = surprise ? (c.n_follow_ups > 0 ? c.n_follow_ups - 1 : n_follow_ups)
-                                       : 0;
+        c.n_follow_ups      = surprise ? (c.n_follow_ups > 0 ? c.n_follow_ups - 1 : n_follow_ups) : 0;
         c.wait              = surprise ? first_wait : std::min(2 * c.wait, options_.calibrated_wait);
         c.last_pass         = costs.pass();
         c.is_due            = false;

@@ -1,6 +1,6 @@
 // When to try what is not used. What is believed to be slow is not planned with, so nothing would ever correct the
-// belief: each resource that no sample has come from for a while is tried with one expert (or one copy), at a price that
-// is bounded by a share of the time.
+// belief: each resource that no sample has come from for a while is tried with one expert (or one copy), at a price
+// that is bounded by a share of the time.
 //
 // It has no clock: passes of the model (decoded tokens, or batches of a prompt) and their microseconds come in.
 #pragma once
@@ -49,19 +49,19 @@ public:
 private:
     struct candidate {
         resource what;
-        int wait              = 0;  // passes without a sample until it is due, where it is as calibrated
-        int64_t last_pass     = 0;  // of its last sample or trial
-        int64_t changed_pass  = -1;
-        int n_follow_ups      = 0;  // trials left after one that was faster than believed
-        bool is_due           = false;
-        bool is_suspect       = false;
+        int wait             = 0; // passes without a sample until it is due, where it is as calibrated
+        int64_t last_pass    = 0; // of its last sample or trial
+        int64_t changed_pass = -1;
+        int n_follow_ups     = 0; // trials left after one that was faster than believed
+        bool is_due          = false;
+        bool is_suspect      = false;
     };
     int pause_of(const candidate & c, int64_t pass) const;
 
     trial_options options_;
     std::vector<candidate> candidates_;
-    size_t turn_          = 0;
-    double credit_us_     = 0.0, spent_us_ = 0.0;
+    size_t turn_      = 0;
+    double credit_us_ = 0.0, spent_us_ = 0.0;
     int64_t changed_pass_ = -1; // of any
     int64_t n_trials_     = 0;
 };

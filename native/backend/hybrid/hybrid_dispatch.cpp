@@ -302,7 +302,7 @@ bool hybrid_dispatch::plan(const float * scores) {
     event_              = event_of(scores);
     layer_event & event = event_;
     event.gap_us        = gap_us_;
-    event.scratch     = pairs_.n_tokens > 1 && has_scratch();
+    event.scratch       = pairs_.n_tokens > 1 && has_scratch();
     for (int distance = 1; distance <= max_lookahead; distance++) {
         const bool same               = layer_ + distance < book_.n_layers() &&
                                         book_.layer(layer_ + distance).layout.n_expert == book_.max_experts();
@@ -499,10 +499,10 @@ void hybrid_dispatch::finish() {
     const double patience_us   = config_.faults.copy_patience_us > 0
                                      ? static_cast<double>(config_.faults.copy_patience_us)
                                      : copy_patience_us + copy_patience * decision_->plan.makespan_us;
-    timing_              = layer_timing();
-    timing_.cpu_begin_us = route_end_us_;
-    timing_.cpu_us       = wait_begin_us - route_end_us_;
-    double waited_us     = wait_begin_us;
+    timing_                    = layer_timing();
+    timing_.cpu_begin_us       = route_end_us_;
+    timing_.cpu_us             = wait_begin_us - route_end_us_;
+    double waited_us           = wait_begin_us;
     for (size_t d = 0; d < devices_.size(); d++) {
         if (!steps_[d]->has_work()) {
             continue;
@@ -534,8 +534,8 @@ void hybrid_dispatch::finish() {
     count_step(wait_begin_us, end_us);
 }
 
-// Tells the governor how the planned block went, when its result stands. x came down before we were called and y goes up
-// after we return: both are priced.
+// Tells the governor how the planned block went, when its result stands. x came down before we were called and y goes
+// up after we return: both are priced.
 void hybrid_dispatch::judge_step() {
     const double x_bytes = static_cast<double>(pairs_.x_token_bytes) * static_cast<double>(pairs_.n_tokens);
     double crossed_us    = 0.0;

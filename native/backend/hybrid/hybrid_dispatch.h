@@ -187,7 +187,7 @@ private:
     layer_event event_;   // what was asked of the runtime
     layer_timing timing_; // how it went
     double begin_us_ = 0.0, route_begin_us_ = 0.0, route_end_us_ = 0.0, finish_end_us_ = 0.0;
-    std::vector<double> launch_us_;  // per device: when its launch began ...
+    std::vector<double> launch_us_;   // per device: when its launch began ...
     double computed_inline_us_ = 0.0; // ... and what a CPU as device computed within it
 
     // the pass at hand

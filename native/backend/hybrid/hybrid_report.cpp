@@ -118,7 +118,7 @@ std::string hybrid_dispatch::describe_state() const {
         if (governor_.is_live()) {
             out["beliefs"] = describe_beliefs(governor_, clock_.now_us());
         }
-        nlohmann::json recall       = nlohmann::json::array();
+        nlohmann::json recall = nlohmann::json::array();
         for (int d = 1; d <= max_lookahead; d++) {
             recall.push_back(
                 {{"distance", d}, {"n_wanted", routers_.n_predicted(d)}, {"n_right", routers_.n_right(d)}});

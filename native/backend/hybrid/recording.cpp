@@ -117,12 +117,12 @@ void hybrid_dispatch::note_unplanned(const float * scores) {
 void hybrid_dispatch::note_gpu_times(double wait_begin_us, double end_us) {
     const cost_model & costs = governor_.costs();
     const layer_plan & plan  = decision_->plan;
-    times_.wait_end         = end_us;
-    times_.predicted        = plan.makespan_us;
-    times_.predicted_cpu    = plan.cpu_end_us;
-    times_.gpu_is_known     = true;
-    times_.n_cpu            = n_cpu_;
-    times_.n_gpu            = n_gpu_;
+    times_.wait_end          = end_us;
+    times_.predicted         = plan.makespan_us;
+    times_.predicted_cpu     = plan.cpu_end_us;
+    times_.gpu_is_known      = true;
+    times_.n_cpu             = n_cpu_;
+    times_.n_gpu             = n_gpu_;
     for (size_t d = 0; d < devices_.size(); d++) {
         if (!steps_[d]->has_work()) {
             continue;

@@ -39,9 +39,9 @@ int hm_runtime_closed_loop(hm_runtime * runtime, const hm_trace * given, const h
         HYBRIMOE_TRY(run_closed_loop(trace, o, *runtime->rt, made, rows.data()));
         for (size_t i = 0; i < rows.size(); ++i) {
             const loop_token & t = rows[i];
-            tokens[i] = {t.us,        t.cpu_only_us,  t.whole_layers_us,           t.trying_us,
-                         t.n_trials,  t.n_gpu,        t.n_copies,                  static_cast<int32_t>(t.level),
-                         t.believed_cpu, t.believed_gpu, t.believed_link, t.believed_dram};
+            tokens[i]            = {t.us,           t.cpu_only_us,  t.whole_layers_us, t.trying_us,
+                                    t.n_trials,     t.n_gpu,        t.n_copies,        static_cast<int32_t>(t.level),
+                                    t.believed_cpu, t.believed_gpu, t.believed_link,   t.believed_dram};
         }
         return {};
     });

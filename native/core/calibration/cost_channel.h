@@ -40,8 +40,9 @@ public:
     // after which an old one counts 1/e.
     cost_channel(int n_params, const double * initial, const double * floor, double memory);
 
-    // Takes one timing; false when it is not a time (not finite, not above 0) and was ignored. `disturbed` is the factor
-    // that the sample is known to be off by for now (disturbance.h): such a sample is learnt only as part of a step.
+    // Takes one timing; false when it is not a time (not finite, not above 0) and was ignored. `disturbed` is the
+    // factor that the sample is known to be off by for now (disturbance.h): such a sample is learnt only as part of a
+    // step.
     bool observe(const double * x, double y_us, const sample_time & when, double disturbed = 1.0);
     // The report of the newest lasting change, once; false when there is none.
     bool take_change(channel_change & out);

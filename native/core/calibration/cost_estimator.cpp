@@ -12,13 +12,13 @@ constexpr double vanishing[max_fit_params] = {0.0, 1e-4, 1e-4};
 constexpr double rate_only[max_fit_params] = {1e-4, 0.0, 0.0};
 // What a factor of 1 means for a cost that the calibration gives as 0: a share of one expert's time.
 constexpr double unit_share = 0.05;
-// A CPU batch beside copies that is slower than the costs explain, by so many residual scales, met the ceiling if copies
-// are slow as well. One that shared the memory most of the time did so if it reached this share of the ceiling.
+// A CPU batch beside copies that is slower than the costs explain, by so many residual scales, met the ceiling if
+// copies are slow as well. One that shared the memory most of the time did so if it reached this share of the ceiling.
 constexpr double ceiling_scales = 2.0;
 constexpr double ceiling_share  = 0.4;
 constexpr double slow_copies    = 1.3;
-// A CPU batch that was alone for less of its time, and is off by more than this, is about the ceiling: costs and ceiling
-// cannot be told apart by small errors, and the ceiling is what changes least.
+// A CPU batch that was alone for less of its time, and is off by more than this, is about the ceiling: costs and
+// ceiling cannot be told apart by small errors, and the ceiling is what changes least.
 constexpr double ceiling_off = 1.15;
 constexpr double least_alone = 0.3;
 // "At most" speaks against a cost only if it is so much below it.
@@ -169,7 +169,7 @@ void cost_estimator::observe_bound(const cost_channel & channel, follower & by, 
         return;
     }
     if (us < telling_bound * expected * by.now.factor()) {
-        by.last = {now_us, pass_};
+        by.last       = {now_us, pass_};
         by.last_ratio = us / (expected * by.now.factor());
         follow(by, std::log(us / expected), channel.residual());
     }
@@ -195,8 +195,8 @@ void cost_estimator::observe_copy(int device, double bytes, double us, double no
         ++n_rejected_;
         return;
     }
-    const auto at      = static_cast<size_t>(device);
-    const double x[2]  = {units_[at * max_fit_params], bytes / calibrated_.link(device).bytes_per_us};
+    const auto at     = static_cast<size_t>(device);
+    const double x[2] = {units_[at * max_fit_params], bytes / calibrated_.link(device).bytes_per_us};
     observe(copies_[at], followers_[at], x, 2, us * std::clamp(beside.speed, 0.01, 1.0), now_us,
             &applied_[at * max_fit_params]);
     observe_read_rate(bytes + beside.bytes, us, now_us);
@@ -223,11 +223,11 @@ void cost_estimator::observe_cpu(int layer, const int32_t * n_tokens, int n_expe
             const follower & link = followers_[static_cast<size_t>(d)];
             are_copies_slow       = are_copies_slow || link.now.factor() > slow_copies || link.last_ratio > slow_copies;
         }
-        const double alone    = own.predict(x) * by.now.factor();
-        const bool is_slow    = us * speed > alone * (1.0 + ceiling_scales * own.residual());
-        const bool is_off     = std::fabs(std::log(us * speed / alone)) > std::log(ceiling_off);
-        const bool has_shared = is_off && beside.shared > 1.0 - least_alone &&
-                                us * ceiling_share * dram_bytes_per_us() < bytes;
+        const double alone = own.predict(x) * by.now.factor();
+        const bool is_slow = us * speed > alone * (1.0 + ceiling_scales * own.residual());
+        const bool is_off  = std::fabs(std::log(us * speed / alone)) > std::log(ceiling_off);
+        const bool has_shared =
+            is_off && beside.shared > 1.0 - least_alone && us * ceiling_share * dram_bytes_per_us() < bytes;
         if (has_shared || (is_slow && are_copies_slow)) {
             observe_ceiling(bytes, us, now_us);
             return;
@@ -277,15 +277,15 @@ cost_state cost_estimator::state(const resource & of) const {
     s.last_ratio   = by.last_ratio;
     double most    = 0.0;
     const auto add = [&](const cost_channel & channel, size_t index, double first_us, double each_us) {
-        const double unit                = units_[index * max_fit_params];
-        const double x[max_fit_params]   = {unit, each_us, 0.0};
-        const double calibrated          = first_us + each_us;
-        s.residual                       = std::max(s.residual, channel.n_samples() > 0 ? channel.residual() : 0.0);
-        most                             = std::max(most, calibrated > 0.0 ? channel.predict(x) / calibrated : 1.0);
+        const double unit              = units_[index * max_fit_params];
+        const double x[max_fit_params] = {unit, each_us, 0.0};
+        const double calibrated        = first_us + each_us;
+        s.residual                     = std::max(s.residual, channel.n_samples() > 0 ? channel.residual() : 0.0);
+        most                           = std::max(most, calibrated > 0.0 ? channel.predict(x) / calibrated : 1.0);
     };
     for (int c = 0; c < calibrated_.n_classes(); ++c) {
-        const auto cls         = static_cast<size_t>(c);
-        const layer_class & l  = calibrated_.of_class(c);
+        const auto cls        = static_cast<size_t>(c);
+        const layer_class & l = calibrated_.of_class(c);
         if (of.kind == resource_kind::cpu) {
             add(cpu_[cls], copies_.size() + cls, l.cpu_first_us + calibrated_.step_us(cpu_device), l.cpu.at(1.0));
         } else if (of.kind == resource_kind::gpu) {
@@ -343,7 +343,9 @@ status cost_estimator::apply(cost_model & out) {
     }
     const double cpu_now = followers_[follower_of({resource_kind::cpu, cpu_device})].applied;
     // Step and first expert show as one. The step is that of all classes, so it is no more than any of them has.
-    const auto cpu_fixed_us = [&](int c, size_t at) { return lasting(cpu(c), at)[fixed_part] * units_[at * max_fit_params] * cpu_now; };
+    const auto cpu_fixed_us = [&](int c, size_t at) {
+        return lasting(cpu(c), at)[fixed_part] * units_[at * max_fit_params] * cpu_now;
+    };
     double step_us = calibrated_.step_us(cpu_device);
     for (int c = 0; c < calibrated_.n_classes(); ++c) {
         step_us = std::min(step_us, cpu_fixed_us(c, index + static_cast<size_t>(c)));
@@ -361,8 +363,8 @@ status cost_estimator::apply(cost_model & out) {
             const cost_channel & one = gpu(c, d);
             const double * s         = lasting(one, index);
             const double now         = followers_[follower_of({resource_kind::gpu, d})].applied;
-            HYBRIMOE_TRY(out.set_gpu(
-                c, d, calibrated_.of_class(c).gpu[d].scaled(s[weights_part] * now, s[tokens_part] * now)));
+            HYBRIMOE_TRY(
+                out.set_gpu(c, d, calibrated_.of_class(c).gpu[d].scaled(s[weights_part] * now, s[tokens_part] * now)));
             // A device has one step cost, seen through the batches of every class.
             const auto weight = std::max(1e-3, static_cast<double>(one.n_samples()));
             step_sum[d] += weight * s[fixed_part] * units_[index * max_fit_params] * now;

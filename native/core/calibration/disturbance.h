@@ -1,8 +1,8 @@
 // What holds right now beyond the lasting costs: one factor over all timings of a resource, from its last samples.
 //
-// Lasting costs (cost_channel) move slowly or after a step that has lasted, so a burst of waits leaves them alone. Until
-// then plans must not run into the same slow resource layer after layer: three samples in a row that are far off set
-// this factor, three that are not take it away again. It is provisional, so whoever plans with it keeps trying the
+// Lasting costs (cost_channel) move slowly or after a step that has lasted, so a burst of waits leaves them alone.
+// Until then plans must not run into the same slow resource layer after layer: three samples in a row that are far off
+// set this factor, three that are not take it away again. It is provisional, so whoever plans with it keeps trying the
 // resource (trials.h).
 #pragma once
 

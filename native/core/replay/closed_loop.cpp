@@ -20,8 +20,9 @@ status check_phases(const std::vector<machine_phase> & phases, const runtime & r
         }
         HYBRIMOE_TRY(p.costs.check());
         if (p.costs.n_layers() != rt.costs().n_layers() || p.costs.n_devices() != rt.costs().n_devices()) {
-            return status::fail(error_code::invalid_argument, "phase %zu has %d layers and %d devices, not %d and %d", i,
-                                p.costs.n_layers(), p.costs.n_devices(), rt.costs().n_layers(), rt.costs().n_devices());
+            return status::fail(error_code::invalid_argument, "phase %zu has %d layers and %d devices, not %d and %d",
+                                i, p.costs.n_layers(), p.costs.n_devices(), rt.costs().n_layers(),
+                                rt.costs().n_devices());
         }
         if (!(p.noise >= 0.0 && p.noise < 1.0) || !(p.outlier_share >= 0.0 && p.outlier_share < 1.0) ||
             !(p.outlier_factor > 0.0 && std::isfinite(p.outlier_factor)) || p.waits_every_layers < 0 ||
@@ -64,11 +65,11 @@ public:
         if (number > 0 && std::find(begin, begin + trace_.n_prompts, token) != begin + trace_.n_prompts) {
             rt_.begin_prompt();
         }
-        out                     = loop_token();
-        const double spent      = gov_.tried().spent_us();
-        const int64_t n_trials  = gov_.tried().n_trials();
-        const double refill_us  = refill_us_;
-        refill_us_              = 0.0;
+        out                    = loop_token();
+        const double spent     = gov_.tried().spent_us();
+        const int64_t n_trials = gov_.tried().n_trials();
+        const double refill_us = refill_us_;
+        refill_us_             = 0.0;
         gov_.begin_pass();
         for (int layer = 0; layer < n_layers_; ++layer) {
             HYBRIMOE_TRY(run_layer(token, layer, out));
@@ -89,8 +90,8 @@ public:
 
 private:
     static void compare(const cost_model & truth, const cost_model & belief, loop_token & out) {
-        const auto cpu = [](const cost_model & c) { return c.step_us(cpu_device) + c.t_cpu(0, 1.0, true); };
-        out.believed_cpu = cpu(belief) / cpu(truth);
+        const auto cpu    = [](const cost_model & c) { return c.step_us(cpu_device) + c.t_cpu(0, 1.0, true); };
+        out.believed_cpu  = cpu(belief) / cpu(truth);
         out.believed_dram = truth.dram_bytes_per_us() / belief.dram_bytes_per_us();
         if (truth.n_devices() > 0) {
             const auto gpu    = [](const cost_model & c) { return c.step_us(0) + c.t_gpu(0, 0, 1.0); };
@@ -102,8 +103,8 @@ private:
 
     status run_layer(int64_t token, int layer, loop_token & out) {
         const model_shape & s = trace_.shape;
-        const size_t at       = static_cast<size_t>(token) * static_cast<size_t>(n_layers_) + static_cast<size_t>(layer);
-        const size_t k        = at * static_cast<size_t>(s.top_k);
+        const size_t at = static_cast<size_t>(token) * static_cast<size_t>(n_layers_) + static_cast<size_t>(layer);
+        const size_t k  = at * static_cast<size_t>(s.top_k);
         if (trace_.experts[k] < 0) {
             return {}; // the layer did not run
         }
@@ -116,8 +117,8 @@ private:
         event.scores  = trace_.scores ? trace_.scores + at * static_cast<size_t>(s.n_expert) : nullptr;
         event.gap_us  = options_.gap_us;
         gov_.begin_layer(event);
-        in_flight_             = rt_.in_flight(); // before the plan adds its own
-        const decision * made  = nullptr;
+        in_flight_            = rt_.in_flight(); // before the plan adds its own
+        const decision * made = nullptr;
         HYBRIMOE_TRY(rt_.on_layer(event, machine_.now_us(), made));
         out.cpu_only_us += machine_.plain_us(*made, layer, cpu_device);
         int plain_device = cpu_device;
@@ -206,7 +207,8 @@ status run_closed_loop(const replay_trace & trace, const loop_options & options,
     HYBRIMOE_TRY(check_trace(trace));
     HYBRIMOE_TRY(check_phases(options.phases, rt));
     if (options.n_tokens < 1 || trace.n_tokens < 1 || !(options.gap_us >= 0.0) || !(options.overhead_us >= 0.0)) {
-        return status::fail(error_code::invalid_argument, "a closed loop needs tokens, and times that are not negative");
+        return status::fail(error_code::invalid_argument,
+                            "a closed loop needs tokens, and times that are not negative");
     }
     loop_run run(trace, options, rt, gov);
     size_t phase = 0;

@@ -1,5 +1,5 @@
-// Decisions on believed costs, executed at true ones: a routing trace through runtime and governor, on a virtual machine
-// whose costs change while it runs. Every token is one decoded token. Times are simulated, never measured.
+// Decisions on believed costs, executed at true ones: a routing trace through runtime and governor, on a virtual
+// machine whose costs change while it runs. Every token is one decoded token. Times are simulated, never measured.
 #pragma once
 
 #include "../governor.h"
@@ -13,10 +13,10 @@ namespace hybrimoe {
 struct machine_phase {
     int64_t from_token = 0;
     cost_model costs;
-    double noise          = 0.0; // standard deviation of the logarithm of every time
-    double outlier_share  = 0.0; // of all times that take outlier_factor times as long
-    double outlier_factor = 1.0;
-    int waits_every_layers = 0;  // an accelerator's batch waits in each so-manyth layer; 0: never
+    double noise           = 0.0; // standard deviation of the logarithm of every time
+    double outlier_share   = 0.0; // of all times that take outlier_factor times as long
+    double outlier_factor  = 1.0;
+    int waits_every_layers = 0; // an accelerator's batch waits in each so-manyth layer; 0: never
     double waits_us        = 0.0;
 };
 

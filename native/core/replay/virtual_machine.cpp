@@ -71,7 +71,8 @@ void virtual_machine::enqueue(const transfer & t) {
     one.left_us     = one.whole_us;
     auto at         = queue.end();
     if (one.is_demanded) {
-        at = std::find_if(queue.begin(), queue.end(), [](const copy & c) { return c.start_us < 0.0 && !c.is_demanded; });
+        at =
+            std::find_if(queue.begin(), queue.end(), [](const copy & c) { return c.start_us < 0.0 && !c.is_demanded; });
     }
     queue.insert(at, one);
 }
@@ -96,8 +97,8 @@ bool virtual_machine::step(double limit_us) {
     if (reached && limit_us == forever) {
         return false; // nothing is left to run
     }
-    const double us = reached ? std::max(0.0, limit_us - now_us_) : next / speed;
-    now_us_         = reached ? std::max(now_us_, limit_us) : now_us_ + us;
+    const double us      = reached ? std::max(0.0, limit_us - now_us_) : next / speed;
+    now_us_              = reached ? std::max(now_us_, limit_us) : now_us_ + us;
     const bool cpu_works = cpu_left_us_ > 0.0;
     for (size_t d = 0; d < links_.size(); ++d) {
         if (links_[d].empty()) {
@@ -136,12 +137,12 @@ double virtual_machine::wait_for(int layer, int expert, int device) {
     return end == ends_.end() ? now_us_ : end->us;
 }
 
-// The device's share of the layer that began at begin_us: resident experts first, then those whose copies come. Below 0:
-// it has none.
+// The device's share of the layer that began at begin_us: resident experts first, then those whose copies come. Below
+// 0: it has none.
 double virtual_machine::gpu_us(const layer_event & event, const decision & made, int device,
                                const std::vector<transfer> & in_flight, double begin_us) {
-    const double noise    = factor(event.layer, noise_of_gpu + device, 0);
-    double t              = truth().step_us(device) * noise + gpu_wait_us(event.layer);
+    const double noise = factor(event.layer, noise_of_gpu + device, 0);
+    double t           = truth().step_us(device) * noise + gpu_wait_us(event.layer);
     std::vector<std::pair<double, double>> late; // when it has come, what it takes
     bool has_any = false;
     for (size_t i = 0; i < made.items.size(); ++i) {
@@ -149,12 +150,11 @@ double virtual_machine::gpu_us(const layer_event & event, const decision & made,
         if (at.device != device) {
             continue;
         }
-        has_any         = true;
-        const double us = truth().t_gpu(event.layer, device, made.items[i].n_tokens) * noise;
-        const bool comes =
-            at.copied || std::any_of(in_flight.begin(), in_flight.end(), [&](const transfer & f) {
-                return f.layer == event.layer && f.expert == at.expert && f.device == device;
-            });
+        has_any          = true;
+        const double us  = truth().t_gpu(event.layer, device, made.items[i].n_tokens) * noise;
+        const bool comes = at.copied || std::any_of(in_flight.begin(), in_flight.end(), [&](const transfer & f) {
+                               return f.layer == event.layer && f.expert == at.expert && f.device == device;
+                           });
         if (comes) {
             late.emplace_back(static_cast<double>(at.expert), us);
         } else {
@@ -210,11 +210,11 @@ void virtual_machine::run_layer(const layer_event & event, const decision & made
         }
         out.gpu_is_known[d] = true;
         // A device that is looked at is timed by itself.
-        const bool is_timed = event.trial.wanted && event.trial.what.kind == resource_kind::gpu &&
-                              event.trial.what.device == d;
-        out.gpu_at_most[d]  = gpu_us_of[d] <= end_us && !is_timed;
-        end_us              = std::max(end_us, gpu_us_of[d]);
-        out.gpu_us[d]       = is_timed ? gpu_us_of[d] : end_us;
+        const bool is_timed =
+            event.trial.wanted && event.trial.what.kind == resource_kind::gpu && event.trial.what.device == d;
+        out.gpu_at_most[d] = gpu_us_of[d] <= end_us && !is_timed;
+        end_us             = std::max(end_us, gpu_us_of[d]);
+        out.gpu_us[d]      = is_timed ? gpu_us_of[d] : end_us;
     }
     run_until(begin_us + end_us + options_.overhead_us);
     out.span_us     = now_us_ - begin_us;

@@ -1,5 +1,5 @@
-// Executes one layer's decision at true costs: the CPU, each accelerator and each link have a timeline of their own, and
-// CPU reads and copies share the DRAM ceiling in proportion to what they ask for.
+// Executes one layer's decision at true costs: the CPU, each accelerator and each link have a timeline of their own,
+// and CPU reads and copies share the DRAM ceiling in proportion to what they ask for.
 #pragma once
 
 #include "../runtime.h"
@@ -10,8 +10,8 @@
 namespace hybrimoe {
 
 struct finished_copy {
-    int64_t id = 0;
-    int device = 0;
+    int64_t id   = 0;
+    int device   = 0;
     double bytes = 0.0, us = 0.0, end_us = 0.0;
 };
 
@@ -63,9 +63,9 @@ private:
 
     const loop_options & options_;
     const machine_phase * phase_ = nullptr;
-    int64_t token_ = 0;
-    double now_us_ = 0.0;
-    std::vector<std::vector<copy>> links_; // queues; the first one of each is running
+    int64_t token_               = 0;
+    double now_us_               = 0.0;
+    std::vector<std::vector<copy>> links_;                                 // queues; the first one of each is running
     double cpu_left_us_ = 0.0, cpu_bytes_per_us_ = 0.0, cpu_end_us_ = 0.0; // left: at full speed
     std::vector<finished_copy> finished_;
     std::vector<end_of_copy> ends_; // of this layer
