@@ -14,7 +14,7 @@ constexpr double refuting = 1.3;
 constexpr size_t rare_part      = 3;
 constexpr double rare_ratio     = 2.0;
 constexpr double rare_share     = 0.15;
-constexpr double rare_lost_time = 0.3;
+constexpr double rare_lost_time = 0.25;
 constexpr double rare_rate      = 1.0 / 32.0;
 
 } // namespace
@@ -185,7 +185,8 @@ memory_share governor::beside(const reading & own) const {
             is_seen[t.device]  = true;
             const double asked = t.bytes / costs_.t_copy(t.device, t.bytes);
             const double begin = std::max(link_end_us_[t.device], t.start_us);
-            look({t.device, begin, own.end_us, asked * std::max(0.0, own.end_us - begin), asked});
+            const double speed = std::min(1.0, costs_.dram_bytes_per_us() / (asked + own.asked));
+            look({t.device, begin, own.end_us, asked * speed * std::max(0.0, own.end_us - begin), asked});
         }
     }
     double edges[2 * (n_readings + max_devices) + 2];
@@ -229,12 +230,15 @@ double governor::plain_us() const {
         const plain_layer & plain = plain_[static_cast<size_t>(layer)];
         const double bytes        = costs_.of_layer(layer).bytes * runtime_->cache().shape().n_expert;
         double best               = plain.cpu_us;
+        int on                    = cpu_device;
         for (int d = 0; d < costs_.n_devices() && plain.cpu_us > 0.0; ++d) {
-            double & left = budget[static_cast<size_t>(d)];
-            if (bytes <= left && plain.gpu_us[d] < best) {
-                left -= bytes;
+            if (bytes <= budget[static_cast<size_t>(d)] && plain.gpu_us[d] < best) {
                 best = plain.gpu_us[d];
+                on   = d;
             }
+        }
+        if (on != cpu_device) {
+            budget[static_cast<size_t>(on)] -= bytes;
         }
         all_cpu += plain.cpu_us;
         with_gpu += best;

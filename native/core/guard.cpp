@@ -91,7 +91,8 @@ bool guard::on_token(const guard_token & t, guard_change & out) {
 bool guard::end_trial(double ratio, bool is_full, guard_change & out) {
     const bool is_loss   = ratio > 1.0 + options_.tolerance;
     const bool is_faster = ratio < before_ * (1.0 - options_.gain);
-    const bool is_slower = ratio > before_ * (1.0 + options_.gain);
+    // Windows of other tokens differ by some per cent by their routing alone.
+    const bool is_slower = ratio > before_ * (1.0 + options_.slower);
     if (is_full && (is_faster || (!is_loss && !is_slower))) {
         on_trial_ = false;
         quiet_    = 0;

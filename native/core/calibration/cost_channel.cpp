@@ -154,13 +154,16 @@ bool cost_channel::take_step(int first) {
             const sample & one = recent(age);
             if (one.x[i] > 0.0) {
                 const double rest = predict(one.x) - one.x[i] * s_[i];
-                candidates[n++]   = std::max((one.y - rest) / one.x[i], std::max(floor_[i], 1e-6));
+                candidates[n++]   = (one.y - rest) / one.x[i];
             }
         }
         if (n < window / 2) {
             continue;
         }
         std::nth_element(candidates, candidates + n / 2, candidates + n);
+        if (candidates[n / 2] <= std::max(floor_[i], 1e-6)) {
+            continue; // the other parts alone take longer: it is not this one
+        }
         const double factor = std::min(candidates[n / 2], largest_factor);
         double cost         = 0.0;
         for (int age = 0; age <= first; ++age) {
@@ -171,15 +174,31 @@ bool cost_channel::take_step(int first) {
             best = i, best_cost = cost, best_factor = factor;
         }
     }
-    double unexplained = 0.0;
+    double unexplained = 0.0, ratios[window]{};
     for (int age = 0; age <= first; ++age) {
-        unexplained += std::fabs(std::log(recent(age).y / predict(recent(age).x)));
+        ratios[age] = std::log(recent(age).y / predict(recent(age).x));
+        unexplained += std::fabs(ratios[age]);
     }
-    // A run of outliers has no common factor.
-    if (best < 0 || best_cost > step_explained * unexplained) {
-        return false;
+    const bool is_one_part = best >= 0 && best_cost <= step_explained * unexplained;
+    if (is_one_part) {
+        s_[best] = anchor_[best] = best_factor;
+    } else { // all parts at once: another clock, or fewer cores
+        double sorted[window]{}, cost = 0.0;
+        std::copy(ratios, ratios + first + 1, sorted);
+        std::nth_element(sorted, sorted + (first + 1) / 2, sorted + first + 1);
+        const double common = sorted[(first + 1) / 2];
+        for (int age = 0; age <= first; ++age) {
+            cost += std::fabs(ratios[age] - common);
+        }
+        // A run of outliers has no common factor.
+        if (cost > step_explained * unexplained) {
+            return false;
+        }
+        best = order[0];
+        for (int i = 0; i < n_params_; ++i) {
+            s_[i] = anchor_[i] = std::clamp(s_[i] * std::exp(common), floor_[i], largest_factor);
+        }
     }
-    s_[best] = anchor_[best] = best_factor;
     sums_                    = normal_equations();
     scale_                   = std::max(scale_, initial_scale);
     for (int age = first; age >= 0; --age) {

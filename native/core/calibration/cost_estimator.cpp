@@ -7,9 +7,9 @@ namespace hybrimoe {
 
 namespace {
 
-// A rate must not become infinite; a latency or a step may vanish.
-constexpr double vanishing[max_fit_params] = {0.0, 1e-4, 1e-4};
-constexpr double rate_only[max_fit_params] = {1e-4, 0.0, 0.0};
+// A rate must not become absurd; a latency or a step may vanish.
+constexpr double vanishing[max_fit_params] = {0.0, 0.005, 0.005};
+constexpr double rate_only[max_fit_params] = {0.005, 0.0, 0.0};
 // What a factor of 1 means for a cost that the calibration gives as 0: a share of one expert's time.
 constexpr double unit_share = 0.05;
 // A CPU batch beside copies that is slower than the costs explain, by so many residual scales, met the ceiling if
@@ -143,8 +143,11 @@ void cost_estimator::observe(cost_channel & channel, follower & by, const double
     by.last = {now_us, pass_};
     ++by.n_samples;
     by.last_ratio = us / (expected * by.now.factor());
-    if (channel.n_steps() != n_steps) { // it has become lasting
+    if (channel.n_steps() != n_steps) { // it has become lasting, and counts from the next sample on
         by.now.clear();
+        for (int i = 0; i < n; ++i) {
+            applied[i] = channel.factor(i);
+        }
         by.changed_pass = pass_;
         moved_          = true;
     } else {
