@@ -1,8 +1,5 @@
 // When what is not used is tried, at what price, and how a trial becomes part of a plan.
-#include "check.h"
-#include "layers.h"
-
-#include "core/runtime.h"
+#include "traffic.h"
 
 #include <limits>
 #include <map>
@@ -325,20 +322,12 @@ void test_price_of_a_steady_state() {
 
 std::unique_ptr<runtime> make_runtime(const layers::costs & c, int n_slots, bool preload = true,
                                       const char * schedule = "two-threshold") {
-    const model_shape shape{2, 8, 3};
-    runtime_config config;
-    config.cache.shape     = shape;
-    config.cache.n_devices = c.n_devices;
-    config.cache.n_slots.assign(static_cast<size_t>(2 * c.n_devices), n_slots);
-    config.costs   = layers::make_costs(c, 2);
-    config.preload = preload;
-    std::unique_ptr<runtime> out;
-    CHECK_OK(make_policy(eviction_policies(), "lru", shape, nullptr, 0, config.eviction));
-    CHECK_OK(make_policy(admission_policies(), "always", shape, nullptr, 0, config.admission));
-    CHECK_OK(make_policy(schedulers(), schedule, shape, nullptr, 0, config.schedule));
-    CHECK_OK(make_policy(prefetchers(), "none", shape, nullptr, 0, config.prefetch));
-    CHECK_OK(runtime::create(std::move(config), out));
-    return out;
+    traffic::options o;
+    o.n_layers = 2, o.n_expert = 8, o.top_k = 3;
+    o.n_slots  = n_slots;
+    o.preload  = preload;
+    o.schedule = schedule;
+    return traffic::make_runtime(o, layers::make_costs(c, o.n_layers));
 }
 
 layer_event event_of(const std::vector<int32_t> & ids, int n_rows = 1) {
