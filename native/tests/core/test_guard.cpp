@@ -376,6 +376,28 @@ void test_refill_makes_the_pause_longer() {
     CHECK(filling_us > 0.004 * total_us && filling_us < 0.01 * total_us);
 }
 
+// Without a prefetch that could be given up there is no level for it, on the way down and up.
+void test_no_level_for_a_prefetch_that_is_not_there() {
+    guard_options options = small();
+    options.has_prefetch  = false;
+    guard g(options);
+    guard_change change;
+    for (const guard_level level : {guard_level::no_demand, guard_level::frozen, guard_level::static_layers}) {
+        CHECK_EQ(until_change(g, 2 * floor_us, change, 100), 4);
+        CHECK(g.level() == level);
+    }
+    for (const guard_level level : {guard_level::frozen, guard_level::no_demand, guard_level::full}) {
+        CHECK(until_change(g, floor_us, change, 100) > 0);
+        CHECK(change.is_trial && g.level() == level);
+        CHECK_EQ(feed(g, 4, floor_us, change), 0);
+    }
+    // From a trial that does not pay it is back where it came from.
+    CHECK_EQ(until_change(g, 2 * floor_us, change, 100), 4);
+    CHECK(until_change(g, floor_us, change, 100) > 0);
+    CHECK_EQ(until_change(g, 2 * floor_us, change, 100), 4);
+    CHECK(change.from == guard_level::full && g.level() == guard_level::no_demand);
+}
+
 void test_odd_windows() {
     for (const int window : {-5, 0, 1, 64, 1000}) {
         guard_options options = small();
@@ -417,6 +439,7 @@ int main() {
     test_all_resident_stays_full();
     test_up_again_after_a_loss();
     test_refill_makes_the_pause_longer();
+    test_no_level_for_a_prefetch_that_is_not_there();
     test_odd_windows();
     test_names();
     return check::report("guard");
