@@ -16,6 +16,7 @@ struct options {
     const char * prefetch = "none";
     const char * schedule = "two-threshold";
     bool pay_back         = true;
+    bool preload          = false;
 };
 
 inline std::unique_ptr<runtime> make_runtime(const options & o, const cost_model & costs) {
@@ -26,6 +27,7 @@ inline std::unique_ptr<runtime> make_runtime(const options & o, const cost_model
     c.cache.n_slots.assign(static_cast<size_t>(o.n_layers * costs.n_devices()), o.n_slots);
     c.costs    = costs;
     c.pay_back = o.pay_back;
+    c.preload  = o.preload;
     std::unique_ptr<runtime> out;
     CHECK_OK(make_policy(eviction_policies(), o.eviction, shape, nullptr, 0, c.eviction));
     CHECK_OK(make_policy(admission_policies(), "always", shape, nullptr, 0, c.admission));
