@@ -15,23 +15,6 @@ constexpr int watch_stage = -1;
 
 } // namespace
 
-accelerator::accelerator(ggml_backend_dev_t device, int index, const settings & config, const step_clock & clock)
-    : port(device, index, config), compute(port), worker(port, config, clock) {
-    for (int i = 0; port.has_events() && i < n_scratch_slots; i++) {
-        scratch_events.push_back(ggml_backend_event_new(device));
-    }
-    if (port.has_events()) {
-        end_event = ggml_backend_event_new(device);
-    }
-}
-
-accelerator::~accelerator() {
-    for (ggml_backend_event_t event : scratch_events) {
-        ggml_backend_event_free(event);
-    }
-    ggml_backend_event_free(end_event);
-}
-
 template <class body> bool device_step::timed(body run) {
     if (!is_timed_) {
         return run();
