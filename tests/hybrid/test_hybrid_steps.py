@@ -59,6 +59,45 @@ def test_a_failed_step_pauses_and_is_computed(plain: Side, hybrid: Side, tiny_mo
     assert total(got, "n_hits") > 0
 
 
+ON_PURPOSE = {
+    "fail_finish": "a step that fails at its end on purpose",
+    "fail_pass_end": "the end of a pass that fails on purpose",
+    "fail_worker": "a worker that fails on purpose",
+}
+
+
+@pytest.mark.parametrize("devices", [["CPU"], ["CPU", "CPU"]], ids=["one", "two"])
+@pytest.mark.parametrize("n", [1, 3, 10, 21])
+@pytest.mark.parametrize("fault", ON_PURPOSE)
+def test_exceptions_are_pauses(
+    plain: Side, hybrid: Side, tiny_model: Callable[..., Path], fault: str, n: int, devices: list[str]
+) -> None:
+    """Where results are fetched, between two passes, on a worker's thread: the CPU computes it, and it goes on."""
+    for pause_us, kernels in ((60_000_000, "ggml"), (1, "ggml"), (1, "auto")):
+        faults = {fault: n, "pause_us": pause_us}
+        settings = settings_of(expert_cache=3, devices=devices, faults=faults, cpu_kernels=kernels)
+        got, difference = ask_both(plain, hybrid, tiny_model("qwen3moe", "Q4_0"), settings, decode=24)
+        assert difference.is_equal if kernels == "ggml" else difference.nmse <= 2e-3, difference
+        state = got.facts["state"]
+        assert state["phase"] == "ready" and state["given_up"] is None
+        assert events(got, ON_PURPOSE[fault]), got.facts["events"]
+        if pause_us > 1:
+            assert [pause["reason"] for pause in state["paused"]] == [ON_PURPOSE[fault]]
+        else:
+            assert state["paused"] == [] and events(got, "shared again")
+            check_used(got)
+
+
+def test_a_set_up_that_fails(plain: Side, hybrid: Side, tiny_model: Callable[..., Path]) -> None:
+    settings = settings_of(expert_cache=3, faults={"fail_set_up": 1})
+    got, difference = ask_both(plain, hybrid, tiny_model("qwen3moe", "Q4_0"), settings, decode=12)
+    assert difference.is_equal, difference
+    state = got.facts["state"]
+    assert (state["phase"], state["paused"], state["devices"]) == ("cpu-only", [], [])
+    assert state["given_up"] == "set-up failed: a set-up that fails on purpose"
+    assert total(got, "n_experts_gpu") == 0
+
+
 def test_stats_name_the_pause(tiny_model: Callable[..., Path]) -> None:
     experts = ExpertOptions(
         devices=("CPU",), cache=CacheSize(n_slots=3), guard=False, live_costs=False, extra={"faults": FAILS}

@@ -34,6 +34,7 @@ struct accelerator {
     std::vector<int> wanted;                     // slots per layer, after set-up and before memory became scarce
     double shrink     = 1.0;                     // share of them that it has now
     bool is_suspended = false;                   // a copy got stuck
+    bool is_lost      = false;                   // its slots are in disorder: nothing is shared any more
     bool told_memory = false, told_copy = false; // said once
 
     // Of the block at hand: its share, copies of the share's own items, and when its launch began.

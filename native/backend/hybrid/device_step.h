@@ -76,6 +76,7 @@ public:
     void add_to(float * y, size_t y_token_bytes) const;
 
     void run(int stage) override;
+    void on_failure() noexcept override;
 
 private:
     bool is_decode() const { return pairs_.n_tokens == 1; }
@@ -118,6 +119,7 @@ private:
     std::condition_variable done_;
     bool pending_   = false; // the worker has a stage left
     bool abandoned_ = false;
+    bool broken_    = false; // a stage failed
 };
 
 } // namespace hybrimoe

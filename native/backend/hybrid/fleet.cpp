@@ -60,7 +60,7 @@ std::vector<std::vector<int32_t>> fleet::residents() const {
 // ---------------------------------------------------------------------------------------------------------------
 // set-up
 
-bool fleet::open() {
+bool fleet::open(std::string & why_not) {
     const layer_book & book = shared_.book;
     try {
         for (ggml_backend_dev_t device : choose_devices(shared_.config)) {
@@ -76,16 +76,21 @@ bool fleet::open() {
                 layouts.push_back(&book.layer(layer).layout);
             }
             if (!made->compute.reserve(layouts, book.max_top_k())) {
-                shared_.log.add("%s has no memory left: all experts on the CPU", made->port.name().c_str());
+                why_not = made->port.name() + " has no memory left";
+                shared_.log.add("%s: all experts on the CPU", why_not.c_str());
                 promise_.broken("an accelerator cannot be used");
                 continue;
             }
             devices_.push_back(std::move(made));
         }
     } catch (const std::exception & error) {
-        shared_.log.add("no accelerator: %s", error.what());
+        why_not = std::string("no accelerator: ") + error.what();
+        shared_.log.add("%s", why_not.c_str());
         promise_.broken("an accelerator cannot be used");
         devices_.clear();
+    }
+    if (!devices_.empty()) {
+        why_not.clear(); // the others do without it
     }
     return !devices_.empty();
 }
@@ -260,17 +265,33 @@ void fleet::relayout(int device, const std::vector<int> & slots) {
     if (!drain(drain_timeout_us)) {
         return;
     }
+    std::vector<int> changed;
+    changed.reserve(slots.size());
+    try {
+        lay_out(device, slots, changed);
+    } catch (...) {
+        empty(device, changed); // nobody knows what their slots hold
+        throw;
+    }
+}
+
+// `changed`: the layers whose slots are others, whether or not it ends well.
+void fleet::lay_out(int device, const std::vector<int> & slots, std::vector<int> & changed) {
     accelerator & on = (*this)[device];
     on.compute.synchronize();
     on.compute.forget_graphs();
-    std::vector<int> changed;
     std::vector<slot_move> moves;
     for (int layer = 0; layer < shared_.book.n_layers(); layer++) {
         const int n = slots[static_cast<size_t>(layer)];
-        if (n != on.of_layer(layer).n_slots() && runtime_->resize(layer, device, n, moves).ok()) {
+        if (n == on.of_layer(layer).n_slots()) {
+            continue;
+        }
+        changed.push_back(layer);
+        if (runtime_->resize(layer, device, n, moves).ok()) {
             record_.on_resize(layer, device, n);
-            changed.push_back(layer);
             on.of_layer(layer).release(); // all first: there may be no room for both
+        } else {
+            changed.pop_back();
         }
     }
     for (const int layer : changed) {
@@ -290,6 +311,24 @@ void fleet::relayout(int device, const std::vector<int> & slots) {
         }
     }
     settle_fills();
+}
+
+void fleet::empty(int device, const std::vector<int> & layers) noexcept try {
+    accelerator & on = (*this)[device];
+    std::vector<slot_move> moves;
+    for (const int layer : layers) {
+        if (runtime_->resize(layer, device, 0, moves).ok()) {
+            record_.on_resize(layer, device, 0);
+        }
+    }
+    if (on.worker.wait_idle(drain_timeout_us)) {
+        for (const int layer : layers) {
+            on.of_layer(layer).release();
+        }
+    }
+} catch (const std::exception & error) {
+    (*this)[device].is_lost = true;
+    shared_.log.add("%s: %s: it is not used any more", (*this)[device].port.name().c_str(), error.what());
 }
 
 void fleet::shrink(int device, double share) {
@@ -378,7 +417,7 @@ bool fleet::all_copy() {
             device->is_suspended = false;
             shared_.log.add("%s copies again", device->port.name().c_str());
         }
-        if (device->is_suspended) {
+        if (device->is_suspended || device->is_lost) {
             return false;
         }
     }
@@ -398,6 +437,14 @@ void fleet::tell_no_memory(int device, int64_t n_tokens) {
         shared_.log.add("%s has no work memory for %lld tokens: such experts run on the CPU", on.port.name().c_str(),
                         static_cast<long long>(n_tokens));
     }
+}
+
+bool fleet::take_failure(std::string & why) {
+    bool has_any = false;
+    for (auto & device : devices_) {
+        has_any = device->worker.take_failure(why) || has_any;
+    }
+    return has_any;
 }
 
 bool fleet::has_scratch(int layer) const {

@@ -12,6 +12,7 @@
 #include "core/governor.h"
 
 #include <memory>
+#include <string>
 #include <vector>
 
 namespace hybrimoe {
@@ -31,8 +32,9 @@ public:
     // Per layer the experts that accelerators hold, the best first.
     std::vector<std::vector<int32_t>> residents() const;
 
-    // Set-up, in this order. False: there is no device, or no memory for a single slot.
-    bool open();
+    // Set-up, in this order. False: there is no device that can be used (and why not: empty
+    // where there is none at all), or no memory for a single slot.
+    bool open(std::string & why_not);
     bool make_slots();
     void pin_experts(); // registers each layer's tensors; the kernel pins whole pages
     // What is copied from now on is told to these two.
@@ -63,6 +65,8 @@ public:
     // Said once: the device could not compute its share of n_tokens.
     void tell_no_memory(int device, int64_t n_tokens);
     bool has_scratch(int layer) const;
+    // Whether something failed on a worker's thread since the last call, and why.
+    bool take_failure(std::string & why);
 
 private:
     void allocate(accelerator & device, std::vector<int> & slots);
@@ -70,6 +74,8 @@ private:
     void copy_now(int device, int layer, int expert, int slot, bool is_load);
     void load_now(int device, int layer, int expert);
     void settle_fills();
+    void lay_out(int device, const std::vector<int> & slots, std::vector<int> & changed);
+    void empty(int device, const std::vector<int> & layers) noexcept;
 
     const common & shared_;
     recording & record_;

@@ -6,7 +6,9 @@
 #include "hybrid/state_file.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <exception>
+#include <stdexcept>
 
 namespace hybrimoe {
 
@@ -27,8 +29,12 @@ hybrid::hybrid(const settings & config, std::shared_ptr<counters> data, cpu_time
 }
 
 hybrid::~hybrid() {
-    if (runtime_ != nullptr && !shared_.config.state_path.empty()) {
-        save_state();
+    try {
+        if (runtime_ != nullptr && !shared_.config.state_path.empty()) {
+            save_state();
+        }
+    } catch (const std::exception & error) {
+        std::fprintf(stderr, "HybriMoE: %s, while the expert cache's state was kept\n", error.what());
     }
 }
 
@@ -53,7 +59,7 @@ void hybrid::set_up() {
             shared_.log.add("%s", error.what());
         }
     }
-    if (shared_.book.n_layers() == 0 || config.expert_cache.is_off() || !fleet_.open()) {
+    if (shared_.book.n_layers() == 0 || config.expert_cache.is_off() || !fleet_.open(given_up_)) {
         if (config.reproducible) {
             shared_.log.add("reproducible: all experts on the CPU");
         }
@@ -61,8 +67,7 @@ void hybrid::set_up() {
     }
     std::string why_not;
     if (!make_parts(why_not)) {
-        shared_.log.add("%s", why_not.c_str());
-        fleet_.clear();
+        give_up(why_not.c_str());
         return;
     }
     if (config.pin_experts) {
@@ -77,22 +82,33 @@ void hybrid::set_up() {
     if (horizon_ > 0) {
         routers_.load(shared_.book);
     }
+    if (config.faults.fail_set_up > 0) {
+        throw std::runtime_error("a set-up that fails on purpose");
+    }
     phase_ = phase::ready;
     announce(shared_, fleet_, reproducibility_, governor_.costs());
+}
+
+void hybrid::give_up(const char * reason) {
+    phase_    = phase::off;
+    given_up_ = reason;
+    shared_.log.add("%s: all experts on the CPU", reason);
+    fleet_.clear();
+    runtime_.reset();
 }
 
 // Slots, costs, and what decides with them.
 bool hybrid::make_parts(std::string & why_not) {
     const settings & config = shared_.config;
     if (!fleet_.make_slots()) {
-        why_not = config.reproducible ? "reproducible: the expert cache holds no whole layer: all experts on the CPU"
-                                      : "no memory on the accelerator is free for experts: all of them on the CPU";
+        why_not = config.reproducible ? "reproducible: the expert cache holds no whole layer"
+                                      : "no memory on the accelerator is free for experts";
         return false;
     }
     cost_model costs;
     status made = find_cost_model(shared_, fleet_, timer_, costs);
     if (!made.ok()) {
-        why_not = std::string("no costs (") + made.message() + "): all experts on the CPU";
+        why_not = std::string("no costs (") + made.message() + ")";
         return false;
     }
     composed parts;
@@ -104,7 +120,7 @@ bool hybrid::make_parts(std::string & why_not) {
         made          = governor::create(costs, options, *parts.made, governor_);
     }
     if (!made.ok()) {
-        why_not = std::string(made.message()) + ": all experts on the CPU";
+        why_not = made.message();
         return false;
     }
     runtime_      = std::move(parts.made);
@@ -136,7 +152,12 @@ bool hybrid::prepare(const moe_block & block, const described_block & described,
     layer_book & book = shared_.book;
     if (phase_ == phase::learning && book.is_known(described) && book.n_layers() > 0 &&
         book.find(block, described) == 0) {
-        set_up(); // the first layer again: one pass is over, and all other memory has been taken
+        try {
+            set_up(); // the first layer again: one pass is over, and all other memory has been taken
+        } catch (const std::exception & error) {
+            give_up((std::string("set-up failed: ") + error.what()).c_str());
+            reproducibility_.broken("set-up failed");
+        }
     }
     const int layer = book.find(block, described);
     if (layer < 0 || (phase_ != phase::ready && !trace_.is_active() && !recording_.is_on())) {
@@ -145,7 +166,11 @@ bool hybrid::prepare(const moe_block & block, const described_block & described,
     if (layer <= last_layer_ || (layer == 0 && last_layer_ < 0)) {
         recording_.on_pass(block.n_tokens());
         if (phase_ != phase::learning) {
-            on_pass_end();
+            try {
+                on_pass_end();
+            } catch (const std::exception & error) {
+                fail_step(error.what());
+            }
         }
     }
     last_layer_ = layer;
@@ -191,6 +216,9 @@ void hybrid::on_pass_end() {
         trace_.next_pass(pass_tokens_);
     }
     n_passes_++;
+    if (shared_.config.faults.fail_pass_end > 0 && n_passes_ == shared_.config.faults.fail_pass_end) {
+        throw std::runtime_error("the end of a pass that fails on purpose");
+    }
     if (phase_ != phase::ready) {
         return;
     }
@@ -224,14 +252,28 @@ bool hybrid::is_paused() {
     return is_on;
 }
 
-void hybrid::pause(const char * reason) {
+void hybrid::pause(const char * reason) noexcept try {
     pause_.begin(reason, shared_.clock.now_us());
     reproducibility_.broken("a step failed");
     shared_.log.add("%s: all experts on the CPU; sharing is tried again in %.0f s", reason,
                     (pause_.until_us() - pause_.since_us()) * 1e-6);
+} catch (const std::exception &) { // no memory for its words: it pauses all the same
+}
+
+// Sharing pauses; what was begun is waited for and taken back. The CPU computes what is missing.
+void hybrid::fail_step(const char * reason) noexcept {
+    pass_is_shared_ = false;
+    pause(reason);
+    if (runtime_ != nullptr) {
+        step_.give_up();
+    }
 }
 
 bool hybrid::plan(const float * scores) {
+    std::string why;
+    if (fleet_.take_failure(why)) { // between two blocks
+        fail_step(why.c_str());
+    }
     if (is_paused() || !fleet_.all_copy()) {
         return false;
     }
@@ -260,10 +302,7 @@ const uint8_t * hybrid::route(int32_t * ids, const float * weights, const float 
             recording_.on_routed(step_.event_of(scores));
         }
     } catch (const std::exception & error) {
-        // Nothing may leave the team's region.
-        pass_is_shared_ = false;
-        pause(error.what());
-        step_.give_up();
+        fail_step(error.what()); // nothing may leave the team's region
     }
     return nullptr;
 }
@@ -271,18 +310,31 @@ const uint8_t * hybrid::route(int32_t * ids, const float * weights, const float 
 void hybrid::finish() {
     if (step_.is_planned()) {
         std::lock_guard<std::mutex> lock(mutex_);
-        step_.finish();
+        try {
+            step_.finish();
+            std::string why;
+            if (fleet_.take_failure(why)) { // the block itself is whole: what is missing is among the rest
+                fail_step(why.c_str());
+            }
+        } catch (const std::exception & error) {
+            fail_step(error.what());
+            step_.leave_to_cpu();
+        }
     }
 }
 
 void hybrid::end_block() {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (phase_ != phase::learning) {
-        step_.end();
+    try {
+        if (phase_ != phase::learning) {
+            step_.end();
+        }
+        // Which layer is the last one is known once all have been seen.
+        const bool is_last = phase_ != phase::learning && step_.layer() == shared_.book.n_layers() - 1;
+        recording_.on_block_end(step_.layer(), step_.pairs().n_tokens, step_.is_planned(), is_last);
+    } catch (const std::exception & error) {
+        fail_step(error.what());
     }
-    // Which layer is the last one is known once all have been seen.
-    const bool is_last = phase_ != phase::learning && step_.layer() == shared_.book.n_layers() - 1;
-    recording_.on_block_end(step_.layer(), step_.pairs().n_tokens, step_.is_planned(), is_last);
 }
 
 // ---------------------------------------------------------------------------------------------------------------

@@ -89,7 +89,9 @@ private:
     void on_pass_end();
     bool plan(const float * scores);
     bool is_paused();
-    void pause(const char * reason);
+    void pause(const char * reason) noexcept;
+    void fail_step(const char * reason) noexcept;
+    void give_up(const char * reason);
 
     common shared_;
     std::shared_ptr<counters> counters_;
@@ -106,7 +108,8 @@ private:
     look_ahead_routers routers_;
     step step_;
     route_trace trace_;
-    sharing_pause pause_; // a step failed
+    sharing_pause pause_;  // a step failed
+    std::string given_up_; // why the caches that were asked for are not used; empty: they are, or none were
     bool needs_scores_ = false;
     int horizon_       = 0; // layers that a prefetcher may look ahead
 

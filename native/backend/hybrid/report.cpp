@@ -65,6 +65,7 @@ std::string hybrid::describe_state() const {
     nlohmann::json out;
     out["phase"]    = phase_ == phase::learning ? "learning" : phase_ == phase::ready ? "ready" : "cpu-only";
     out["n_layers"] = shared_.book.n_layers();
+    out["given_up"] = given_up_.empty() ? nlohmann::json(nullptr) : nlohmann::json(given_up_);
     out["paused"]   = nlohmann::json::array(); // what is tried again later, and why
     if (pause_.is_on()) {
         const double now_us = shared_.clock.now_us();
@@ -75,6 +76,9 @@ std::string hybrid::describe_state() const {
                                  {"retry_in_s", std::max(0.0, pause_.until_us() - now_us) * 1e-6}});
     }
     for (int d = 0; d < fleet_.size(); d++) {
+        if (fleet_[d].is_lost) {
+            out["given_up"] = fleet_[d].port.name() + ": its slots are in disorder";
+        }
         if (fleet_[d].is_suspended) {
             out["paused"].push_back(
                 {{"kind", "stuck-copy"}, {"what", fleet_[d].port.name()}, {"reason", "a copy did not end"}});

@@ -209,7 +209,6 @@ const uint8_t * step::share_out() {
     if (shared_.config.faults.fail_step > 0 && ++n_shared_ == shared_.config.faults.fail_step) {
         throw std::runtime_error("a step that fails on purpose");
     }
-    is_planned_ = true;
     if (looks_ahead_) {
         active_.clear();
         for (const work_item & w : decision_->items) {
@@ -219,9 +218,11 @@ const uint8_t * step::share_out() {
     }
     const size_t n_pairs = static_cast<size_t>(pairs_.n_tokens * pairs_.top_k);
     take_.resize(n_pairs);
+    rest_.resize(n_pairs); // so that leave_to_cpu() needs no memory
     for (size_t p = 0; p < n_pairs; p++) {
         take_[p] = where_[static_cast<size_t>(pairs_.ids[p])] == cpu_device ? 1 : 0;
     }
+    is_planned_   = true;
     route_end_us_ = shared_.clock.now_us();
     return n_gpu_ == 0 ? nullptr : take_.data();
 }
@@ -287,6 +288,9 @@ void step::finish() {
     }
     const double end_us = shared_.clock.now_us();
     finish_end_us_      = end_us;
+    if (shared_.config.faults.fail_finish > 0 && ++n_finished_ == shared_.config.faults.fail_finish) {
+        throw std::runtime_error("a step that fails at its end on purpose");
+    }
     find_rest();
     timing_.is_complete = !any_rest_;
     done_block done;
@@ -301,6 +305,26 @@ void step::finish() {
     done.end_us          = end_us;
     record_.on_done(done, devices_, governor_.costs());
     count_step(wait_begin_us, end_us);
+}
+
+void step::leave_to_cpu() noexcept {
+    for (int d = 0; d < devices_.size(); d++) {
+        devices_[d].share->items().clear();
+    }
+    for (int32_t & device : where_) {
+        device = device == cpu_device ? cpu_device : nowhere;
+    }
+    any_rest_ = false;
+    for (size_t p = 0; p < take_.size(); p++) {
+        rest_[p]  = take_[p] == 0 ? 1 : 0;
+        any_rest_ = any_rest_ || rest_[p] != 0;
+    }
+    n_cpu_ += n_gpu_;
+    n_gpu_              = 0;
+    finish_end_us_      = shared_.clock.now_us();
+    timing_             = layer_timing();
+    timing_.cpu_us      = 0.0;
+    timing_.is_complete = false; // teaches nothing
 }
 
 // Pairs that an accelerator was to compute and did not.

@@ -39,6 +39,8 @@ public:
     // reads the block's rows, and takes back the copies that never were.
     void give_up() noexcept;
     void finish();
+    // finish() threw: all that accelerators were to compute is left to the CPU.
+    void leave_to_cpu() noexcept;
     // The block's result stands.
     void end();
 
@@ -84,9 +86,9 @@ private:
     std::vector<float> wide_scores_;
     int next_scratch_ = 0;
     int n_gpu_ = 0, n_cpu_ = 0;
-    int64_t n_shared_ = 0; // blocks, for the fault plan
-    layer_event event_;    // what was asked of the runtime
-    layer_timing timing_;  // how it went
+    int64_t n_shared_ = 0, n_finished_ = 0; // blocks, for the fault plan
+    layer_event event_;                     // what was asked of the runtime
+    layer_timing timing_;                   // how it went
     double begin_us_ = 0.0, route_begin_us_ = 0.0, launch_begin_us_ = 0.0, route_end_us_ = 0.0, finish_end_us_ = 0.0;
     double computed_inline_us_ = 0.0; // what a CPU as device computed within its launch
     double last_end_us_ = 0.0, gap_us_ = 0.0;
