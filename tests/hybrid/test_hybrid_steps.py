@@ -114,6 +114,16 @@ def test_stats_name_the_pause(tiny_model: Callable[..., Path]) -> None:
         assert "\nsharing is paused: a step that fails on purpose; tried again in" in text
 
 
+def test_stats_name_what_was_given_up(tiny_model: Callable[..., Path]) -> None:
+    experts = ExpertOptions(devices=("CPU",), cache=CacheSize(n_slots=3), extra={"faults": {"fail_set_up": 1}})
+    with Engine(tiny_model("qwen3moe", "Q4_0"), EngineOptions(n_ctx=256, n_threads=1, experts=experts)) as engine:
+        "".join(engine.answer([5, 6, 7], Sampling(temp=0), 4))
+        text = stats_text(engine)
+        assert engine.plugin is not None
+        engine.plugin.configure(faults={})
+    assert "\nthe expert cache was given up: set-up failed: a set-up that fails on purpose" in text
+
+
 def test_warmup_teaches_nothing(plain: Side, hybrid: Side, tiny_model: Callable[..., Path]) -> None:
     """A warm-up step asks for every expert; once the layers are known it is not planned."""
     path = tiny_model("qwen3moe", "Q4_0")
