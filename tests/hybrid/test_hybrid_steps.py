@@ -136,6 +136,21 @@ def test_warmup_teaches_nothing(plain: Side, hybrid: Side, tiny_model: Callable[
     assert got.facts["state"]["stats"]["n_events"] > after["state"]["stats"]["n_events"]
 
 
+@pytest.mark.parametrize("cache_policy", ["mrs", "lru"])
+def test_a_warmup_as_the_first_pass(
+    plain: Side, hybrid: Side, tiny_model: Callable[..., Path], cache_policy: str
+) -> None:
+    """The layers are learnt from the pass after it: the cache works, and later warm-ups are not planned."""
+    path = tiny_model("qwen3moe", "Q4_0")
+    got = hybrid.ask("warmup", path, settings=settings_of(expert_cache=3, cache_policy=cache_policy), n=3)
+    assert compare(plain.ask("warmup", path, n=3), got).is_equal
+    check_used(got)
+    before, after = got.facts["before_warmup"], got.facts["after_warmup"]
+    assert before["state"]["stats"]["n_events"] == after["state"]["stats"]["n_events"] > 0
+    assert before["residency"] == after["residency"]
+    assert got.facts["state"]["stats"]["n_events"] > after["state"]["stats"]["n_events"]
+
+
 @pytest.mark.parametrize("arch", ["qwen3moe", "mixtral", "deepseek2-merged", "gpt-oss"])
 @pytest.mark.parametrize(
     "watches",

@@ -16,6 +16,7 @@ namespace {
 
 constexpr int64_t passes_between_looks = 64; // at free memory
 constexpr int64_t look_ahead_tokens    = 4;  // a bigger batch uses most experts anyway
+constexpr int most_learning_passes     = 3;  // a model may really ask for all experts of a layer
 
 } // namespace
 
@@ -147,19 +148,28 @@ std::vector<std::vector<int32_t>> hybrid::read_residents() const {
 // ---------------------------------------------------------------------------------------------------------------
 // before a block
 
+// One pass is over, and all other memory has been taken. A warm-up says nothing about how many experts are asked for:
+// the layers are learnt from the next pass then.
+void hybrid::on_learnt_pass() {
+    if (++n_learnt_ < most_learning_passes && shared_.book.may_be_warm_up()) {
+        return;
+    }
+    try {
+        set_up();
+    } catch (const std::exception & error) {
+        give_up((std::string("set-up failed: ") + error.what()).c_str());
+        reproducibility_.broken("set-up failed");
+    }
+}
+
 bool hybrid::prepare(const moe_block & block, const described_block & described, bool exact) {
     std::lock_guard<std::mutex> lock(mutex_);
-    layer_book & book = shared_.book;
-    if (phase_ == phase::learning && book.is_known(described) && book.n_layers() > 0 &&
-        book.find(block, described) == 0) {
-        try {
-            set_up(); // the first layer again: one pass is over, and all other memory has been taken
-        } catch (const std::exception & error) {
-            give_up((std::string("set-up failed: ") + error.what()).c_str());
-            reproducibility_.broken("set-up failed");
-        }
+    layer_book & book   = shared_.book;
+    const bool is_known = book.is_known(described);
+    const int layer     = book.find(block, described);
+    if (phase_ == phase::learning && is_known && layer == 0) {
+        on_learnt_pass(); // the first layer again
     }
-    const int layer = book.find(block, described);
     if (layer < 0 || (phase_ != phase::ready && !trace_.is_active() && !recording_.is_on())) {
         return false;
     }

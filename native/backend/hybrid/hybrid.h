@@ -82,6 +82,7 @@ public:
 private:
     enum class phase { learning, ready, off };
 
+    void on_learnt_pass();
     void set_up();
     bool make_parts(std::string & why_not);
     void save_state();
@@ -119,6 +120,7 @@ private:
     bool pass_is_shared_ = true; // every block was planned
     int64_t pass_tokens_ = 1;
     int64_t n_passes_    = 0;
+    int n_learnt_        = 0; // passes
 
     mutable std::mutex mutex_; // all that describe_state reads
 };
