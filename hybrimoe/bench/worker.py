@@ -213,9 +213,7 @@ class Worker:
             return pause_text(pauses[0])
         if state.get("phase") != "cpu-only":
             return ""
-        # Set-up ends with the line that says what it gave up.
-        events = self.engine.expert_events()
-        return events[-1][1] if events else "there is no accelerator"
+        return str(state.get("given_up") or "there is no accelerator")
 
 
 def device_facts() -> dict[str, str]:

@@ -148,6 +148,11 @@ def pause_text(pause: dict[str, Any]) -> str:
     return f"{pause['what']} is paused: {pause['reason']}{retry}"
 
 
+def given_up_text(reason: str) -> str:
+    """One line about a set-up without caches: `the expert cache was given up: ...`."""
+    return f"the expert cache was given up: {reason}"
+
+
 def _hybrid_lines(engine: Engine, totals: dict[str, Any]) -> list[str]:
     """What accelerators did, and what the guard makes of it; nothing without accelerators."""
     queries = totals["n_hits"] + totals["n_misses"]
@@ -157,7 +162,8 @@ def _hybrid_lines(engine: Engine, totals: dict[str, Any]) -> list[str]:
     if reproducible["on"]:
         held = "as placed at the start" if reproducible["holds"] else "NO LONGER: see the messages on stderr"
         fixed = [f"reproducible: {held}"]
-    pauses = [pause_text(pause) for pause in state["paused"]]
+    pauses = [given_up_text(state["given_up"])] if state["given_up"] else []
+    pauses += [pause_text(pause) for pause in state["paused"]]
     if not queries or not state.get("devices"):
         return pauses + fixed
     lines = [

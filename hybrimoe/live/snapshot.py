@@ -122,6 +122,7 @@ class LiveSampler:
             "devices": _devices(engine, state),
             "guard": state.get("guard"),
             "paused": state.get("paused", []),
+            "given_up": state.get("given_up"),
             "reproducible": state.get("reproducible"),
             "costs": {"cpu_expert_us": state.get("cpu_expert_us")} if state.get("devices") else None,
             "events": self._new_events(engine),

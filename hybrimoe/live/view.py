@@ -117,8 +117,10 @@ def _busy(snapshot: dict[str, Any], width: int, colour: bool) -> list[Text]:
 
 
 def _cache(snapshot: dict[str, Any], width: int) -> list[Text]:
+    given_up = snapshot.get("given_up")
+    why = [_text(("the expert cache was given up: ", "bold"), (str(given_up), ""))] if given_up else []
     if not snapshot["devices"]:
-        return []
+        return why
     rates, totals = snapshot["rates"] or {}, snapshot["totals"]
     hit = rates.get("hit_rate")
     lines = [
@@ -155,6 +157,7 @@ def _cache(snapshot: dict[str, Any], width: int) -> list[Text]:
         costs = f"  MoE {guard['token_us'] / 1e3:.1f} ms a token, plain placement {guard['floor_us'] / 1e3:.1f} ms"
         level = guard["level"] if guard["on"] else "off"
         lines.append(_text(("guard ", "dim"), (level, "bold"), (costs if guard["token_us"] else "", "dim")))
+    lines += why
     for pause in snapshot.get("paused") or ():
         lines.append(_text((f"{pause['what']} is paused: ", "bold"), (str(pause["reason"]), "")))
     return lines

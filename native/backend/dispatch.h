@@ -4,7 +4,7 @@
 #include "counters.h"
 #include "cpu_executor.h"
 #include "host_rows.h"
-#include "hybrid/hybrid_dispatch.h"
+#include "hybrid/hybrid.h"
 #include "kernel_executor.h"
 #include "match.h"
 #include "settings.h"
@@ -61,7 +61,7 @@ private:
     cpu_executor cpu_;
     std::unique_ptr<kernel_executor> kernels_; // null: everything through ggml's kernels
     host_rows rows_;                           // with ggml's kernels: pairs of blocks that are shared
-    hybrid_dispatch hybrid_;
+    hybrid hybrid_;
     int n_threads_                           = GGML_DEFAULT_N_THREADS;
     const std::vector<graph_input> * inputs_ = nullptr; // of the graph at hand
     std::vector<segment> segments_;

@@ -163,6 +163,10 @@ void parse_faults(const std::string & key, const json_value & value, settings & 
                                  : name == "scarce_until"     ? &faults.scarce_until
                                  : name == "scarce_bytes"     ? &faults.scarce_bytes
                                  : name == "fail_step"        ? &faults.fail_step
+                                 : name == "fail_finish"      ? &faults.fail_finish
+                                 : name == "fail_pass_end"    ? &faults.fail_pass_end
+                                 : name == "fail_set_up"      ? &faults.fail_set_up
+                                 : name == "fail_worker"      ? &faults.fail_worker
                                  : name == "pause_us"         ? &faults.pause_us
                                  : name == "copy_patience_us" ? &faults.copy_patience_us
                                                               : nullptr;

@@ -40,6 +40,10 @@ struct fault_plan {
     int64_t scarce_until     = 0;  // ... and from this one on free_bytes again; 0: for good
     int64_t scarce_bytes     = 0;
     int64_t fail_step        = 0; // the n-th planned step fails once it has been launched
+    int64_t fail_finish      = 0; // ... or when its results are fetched
+    int64_t fail_pass_end    = 0; // what is done after the n-th pass fails
+    int64_t fail_set_up      = 0; // not 0: set-up fails once the caches are filled
+    int64_t fail_worker      = 0; // the n-th order of each accelerator's worker fails
     int64_t pause_us         = 0; // how long the first pause after a failed step is; 0: as long as usual
     int64_t copy_patience_us = 0; // how long a copy may take; 0: as long as usual
 };

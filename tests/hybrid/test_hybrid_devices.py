@@ -104,6 +104,9 @@ def test_automatic_size(plain: Side, hybrid: Side, tiny_model: Callable[..., Pat
         n_slots.append([device["n_slots"] for device in got.facts["state"]["devices"]])
         if free == margin or free == 0:
             assert events(got, "no memory on the accelerator is free for experts")
+            assert got.facts["state"]["given_up"] == "no memory on the accelerator is free for experts"
+        else:
+            assert got.facts["state"]["given_up"] is None
     assert n_slots == [[[16, 16]], [], []]
 
 
@@ -113,3 +116,4 @@ def test_unknown_device(plain: Side, hybrid: Side, tiny_model: Callable[..., Pat
     assert difference.is_equal
     assert total(got, "n_experts_gpu") == 0
     assert events(got, 'ggml has no device "CUDA7"')
+    assert 'ggml has no device "CUDA7"' in got.facts["state"]["given_up"]

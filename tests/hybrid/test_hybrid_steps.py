@@ -59,6 +59,45 @@ def test_a_failed_step_pauses_and_is_computed(plain: Side, hybrid: Side, tiny_mo
     assert total(got, "n_hits") > 0
 
 
+ON_PURPOSE = {
+    "fail_finish": "a step that fails at its end on purpose",
+    "fail_pass_end": "the end of a pass that fails on purpose",
+    "fail_worker": "a worker that fails on purpose",
+}
+
+
+@pytest.mark.parametrize("devices", [["CPU"], ["CPU", "CPU"]], ids=["one", "two"])
+@pytest.mark.parametrize("n", [1, 3, 10, 21])
+@pytest.mark.parametrize("fault", ON_PURPOSE)
+def test_exceptions_are_pauses(
+    plain: Side, hybrid: Side, tiny_model: Callable[..., Path], fault: str, n: int, devices: list[str]
+) -> None:
+    """Where results are fetched, between two passes, on a worker's thread: the CPU computes it, and it goes on."""
+    for pause_us, kernels in ((60_000_000, "ggml"), (1, "ggml"), (1, "auto")):
+        faults = {fault: n, "pause_us": pause_us}
+        settings = settings_of(expert_cache=3, devices=devices, faults=faults, cpu_kernels=kernels)
+        got, difference = ask_both(plain, hybrid, tiny_model("qwen3moe", "Q4_0"), settings, decode=24)
+        assert difference.is_equal if kernels == "ggml" else difference.nmse <= 2e-3, difference
+        state = got.facts["state"]
+        assert state["phase"] == "ready" and state["given_up"] is None
+        assert events(got, ON_PURPOSE[fault]), got.facts["events"]
+        if pause_us > 1:
+            assert [pause["reason"] for pause in state["paused"]] == [ON_PURPOSE[fault]]
+        else:
+            assert state["paused"] == [] and events(got, "shared again")
+            check_used(got)
+
+
+def test_a_set_up_that_fails(plain: Side, hybrid: Side, tiny_model: Callable[..., Path]) -> None:
+    settings = settings_of(expert_cache=3, faults={"fail_set_up": 1})
+    got, difference = ask_both(plain, hybrid, tiny_model("qwen3moe", "Q4_0"), settings, decode=12)
+    assert difference.is_equal, difference
+    state = got.facts["state"]
+    assert (state["phase"], state["paused"], state["devices"]) == ("cpu-only", [], [])
+    assert state["given_up"] == "set-up failed: a set-up that fails on purpose"
+    assert total(got, "n_experts_gpu") == 0
+
+
 def test_stats_name_the_pause(tiny_model: Callable[..., Path]) -> None:
     experts = ExpertOptions(
         devices=("CPU",), cache=CacheSize(n_slots=3), guard=False, live_costs=False, extra={"faults": FAILS}
@@ -75,11 +114,36 @@ def test_stats_name_the_pause(tiny_model: Callable[..., Path]) -> None:
         assert "\nsharing is paused: a step that fails on purpose; tried again in" in text
 
 
+def test_stats_name_what_was_given_up(tiny_model: Callable[..., Path]) -> None:
+    experts = ExpertOptions(devices=("CPU",), cache=CacheSize(n_slots=3), extra={"faults": {"fail_set_up": 1}})
+    with Engine(tiny_model("qwen3moe", "Q4_0"), EngineOptions(n_ctx=256, n_threads=1, experts=experts)) as engine:
+        "".join(engine.answer([5, 6, 7], Sampling(temp=0), 4))
+        text = stats_text(engine)
+        assert engine.plugin is not None
+        engine.plugin.configure(faults={})
+    assert "\nthe expert cache was given up: set-up failed: a set-up that fails on purpose" in text
+
+
 def test_warmup_teaches_nothing(plain: Side, hybrid: Side, tiny_model: Callable[..., Path]) -> None:
     """A warm-up step asks for every expert; once the layers are known it is not planned."""
     path = tiny_model("qwen3moe", "Q4_0")
     got = hybrid.ask("warmup", path, settings=settings_of(expert_cache=3), late=True)
     assert compare(plain.ask("warmup", path, late=True), got).is_equal
+    check_used(got)
+    before, after = got.facts["before_warmup"], got.facts["after_warmup"]
+    assert before["state"]["stats"]["n_events"] == after["state"]["stats"]["n_events"] > 0
+    assert before["residency"] == after["residency"]
+    assert got.facts["state"]["stats"]["n_events"] > after["state"]["stats"]["n_events"]
+
+
+@pytest.mark.parametrize("cache_policy", ["mrs", "lru"])
+def test_a_warmup_as_the_first_pass(
+    plain: Side, hybrid: Side, tiny_model: Callable[..., Path], cache_policy: str
+) -> None:
+    """The layers are learnt from the pass after it: the cache works, and later warm-ups are not planned."""
+    path = tiny_model("qwen3moe", "Q4_0")
+    got = hybrid.ask("warmup", path, settings=settings_of(expert_cache=3, cache_policy=cache_policy), n=3)
+    assert compare(plain.ask("warmup", path, n=3), got).is_equal
     check_used(got)
     before, after = got.facts["before_warmup"], got.facts["after_warmup"]
     assert before["state"]["stats"]["n_events"] == after["state"]["stats"]["n_events"] > 0

@@ -97,6 +97,11 @@ def test_what_is_missing_is_left_out(changes: dict[str, Any]) -> None:
     assert render(snapshot(**changes), 80, 24)
 
 
+def test_why_there_is_no_cache() -> None:
+    text = render(snapshot(devices=[], guard=None, costs=None, given_up="CPU has no memory left"), 80, 24)
+    assert "the expert cache was given up: CPU has no memory left" in text
+
+
 def test_a_heat_map_shows_where_it_is_hot() -> None:
     experts = {"layers": [0], "heat": [[0.0, 0.9, 0.1, 0.0]], "on": [[-1] * 4]}
     line = next(line for line in render(snapshot(experts=experts), 80, None).splitlines() if line.startswith("   0 "))

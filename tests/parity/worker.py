@@ -187,8 +187,9 @@ def callbacks(model: Model, watches: list[str], n_prefill: int = 17, decode: int
         return arrays, {"after": after, **counted(context)}
 
 
-def warmup(model: Model, late: bool = False) -> tuple[Arrays, Facts]:
-    """llama.cpp's warm-up step, which runs every expert, then a plain prompt. `late`: two prompts come before it."""
+def warmup(model: Model, late: bool = False, n: int = 1) -> tuple[Arrays, Facts]:
+    """`n` of llama.cpp's warm-up steps, which run every expert, each before a plain prompt. `late`: two prompts come
+    before the first. The facts are of before and after the last warm-up, and of the end."""
     arrays: Arrays = {}
     with Context(model) as context:
         tokens = random_tokens(model, 11)
@@ -199,12 +200,16 @@ def warmup(model: Model, late: bool = False) -> tuple[Arrays, Facts]:
                 run_prompt(context, tokens, 7, name, arrays)
             before = counted(context)
             context.clear()
-        context.set_warmup(True)
-        arrays["warmup"] = context.forward(tokens[:2], 0)
-        facts = counted(context)
-        context.set_warmup(False)
-        context.clear()
-        run_prompt(context, tokens, 7, "after", arrays)
+        for i in range(n):
+            if i:
+                before = counted(context)
+                context.clear()
+            context.set_warmup(True)
+            arrays[f"warmup {i}"] = context.forward(tokens[:2], 0)
+            facts = counted(context)
+            context.set_warmup(False)
+            context.clear()
+            run_prompt(context, tokens, 7, f"after {i}", arrays)
         return arrays, {"before_warmup": before, "after_warmup": facts, **counted(context)}
 
 

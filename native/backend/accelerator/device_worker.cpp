@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <exception>
+#include <stdexcept>
 
 namespace hybrimoe {
 
@@ -102,13 +104,55 @@ double device_worker::busy_us() const {
     return busy_us_;
 }
 
+bool device_worker::take_failure(std::string & what) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (!has_failed_) {
+        return false;
+    }
+    what        = failure_;
+    has_failed_ = false;
+    return true;
+}
+
+void device_worker::keep_failure(const char * what) noexcept try {
+    std::lock_guard<std::mutex> lock(mutex_);
+    has_failed_ = true;
+    failure_    = what;
+} catch (const std::exception &) { // no memory for the text
+}
+
+// An exception that left the thread would end the process.
+template <class body> bool device_worker::attempt(body one) noexcept {
+    try {
+        if (faults_.fail_worker > 0 && ++n_attempts_ == faults_.fail_worker) {
+            throw std::runtime_error("a worker that fails on purpose");
+        }
+        one();
+        return true;
+    } catch (const std::exception & error) {
+        keep_failure(error.what());
+        return false;
+    }
+}
+
+// A copy that could not begin.
+void device_worker::drop(const copy_order & order) noexcept try {
+    copy_result result;
+    result.id     = order.id;
+    result.end_us = clock_.now_us();
+    std::lock_guard<std::mutex> lock(mutex_);
+    results_.push_back(result);
+} catch (const std::exception & error) {
+    keep_failure(error.what());
+}
+
 void device_worker::run() {
     std::unique_lock<std::mutex> lock(mutex_);
     while (true) {
         if (urgent_.empty() && idle_.empty()) {
             if (!flights_.empty()) {
                 lock.unlock();
-                finish_copy();
+                attempt([this] { finish_copy(); });
                 lock.lock();
                 continue;
             }
@@ -126,14 +170,18 @@ void device_worker::run() {
         if (next.what == nullptr && flights_.size() < max_in_flight) {
             queue.pop_front();
             lock.unlock();
-            start_copy(next.copy);
+            if (!attempt([&] { start_copy(next.copy); })) {
+                drop(next.copy);
+            }
         } else if (!flights_.empty()) {
             lock.unlock();
-            finish_copy();
+            attempt([this] { finish_copy(); });
         } else {
             queue.pop_front();
             lock.unlock();
-            next.what->run(next.index);
+            if (!attempt([&] { next.what->run(next.index); })) {
+                next.what->on_failure();
+            }
         }
         lock.lock();
     }

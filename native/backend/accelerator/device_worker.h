@@ -10,6 +10,7 @@
 #include <condition_variable>
 #include <deque>
 #include <mutex>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -55,6 +56,8 @@ class worker_call {
 public:
     virtual ~worker_call()      = default;
     virtual void run(int index) = 0;
+    // run() threw.
+    virtual void on_failure() noexcept {}
 };
 
 class device_worker {
@@ -73,6 +76,8 @@ public:
 
     // Results since the last call, oldest first, into `out` (cleared).
     void collect(std::vector<copy_result> & out);
+    // Whether an order failed with an exception since the last call, and what it said. A failed copy is a result, too.
+    bool take_failure(std::string & what);
     // Waits until every order is done. False when that takes longer than timeout_us.
     bool wait_idle(double timeout_us);
 
@@ -99,6 +104,9 @@ private:
     };
 
     void run();
+    template <class body> bool attempt(body one) noexcept;
+    void keep_failure(const char * what) noexcept;
+    void drop(const copy_order & order) noexcept;
     void start_copy(const copy_order & order);
     void finish_copy();
     void copy_part(ggml_tensor * to, size_t offset, const char * from, size_t n_bytes);
@@ -109,7 +117,7 @@ private:
     const step_clock & clock_;
     double throttle_bytes_per_us_;
     fault_plan faults_;
-    int64_t n_copies_ = 0;
+    int64_t n_copies_ = 0, n_attempts_ = 0;
 
     buffer_ptr staging_;
     std::vector<staging_chunk> chunks_;
@@ -122,6 +130,8 @@ private:
     std::condition_variable changed_; // orders, or none left
     std::deque<order> urgent_, idle_;
     std::vector<copy_result> results_;
+    bool has_failed_ = false;
+    std::string failure_; // what the last one said
     bool busy_       = false;
     bool stop_       = false;
     int64_t n_bytes_ = 0;

@@ -1,6 +1,6 @@
 #include "hybrid/cost_source.h"
 
-#include "hybrid/hybrid_dispatch.h"
+#include "hybrid/fleet.h"
 
 #include <algorithm>
 #include <cmath>
@@ -33,9 +33,8 @@ std::vector<int32_t> some_experts(const known_layer & layer, int n, int turn) {
 
 class prober {
 public:
-    prober(const layer_book & book, std::vector<std::unique_ptr<accelerator>> & devices, cpu_timer & timer,
-           const step_clock & clock)
-        : book_(book), devices_(devices), timer_(timer), clock_(clock) {}
+    prober(const common & shared, fleet & devices, cpu_timer & timer)
+        : book_(shared.book), devices_(devices), timer_(timer), clock_(shared.clock) {}
 
     status run(cost_model & out) {
         double dram_bytes_per_us = 0.0;
@@ -44,8 +43,8 @@ public:
             HYBRIMOE_TRY(probe_cpu(cls, out, dram_bytes_per_us, cpu_step_us));
         }
         HYBRIMOE_TRY(out.set_step(cpu_device, cpu_step_us));
-        for (size_t d = 0; d < devices_.size(); d++) {
-            HYBRIMOE_TRY(probe_device(static_cast<int>(d), out, dram_bytes_per_us));
+        for (int d = 0; d < devices_.size(); d++) {
+            HYBRIMOE_TRY(probe_device(d, out, dram_bytes_per_us));
         }
         // The ceiling that CPU reads and copies share: at least what either reached alone.
         return out.set_dram(dram_bytes_per_us);
@@ -69,7 +68,7 @@ private:
     }
 
     status probe_device(int d, cost_model & out, double & dram) {
-        accelerator & device = *devices_[static_cast<size_t>(d)];
+        accelerator & device = devices_[d];
         double step_us       = 0.0;
         double big_bytes = 0.0, big_us = 0.0;
         for (int cls = 0; cls < book_.n_classes(); cls++) {
@@ -81,7 +80,7 @@ private:
                 continue;
             }
             const known_layer & layer = book_.layer(layer_index);
-            const slot_set & slots    = device.slots[static_cast<size_t>(layer_index)];
+            const slot_set & slots    = device.of_layer(layer_index);
             const double copy_us      = best([&](int i) { return time_copy(device, layer, slots, i); });
             if (static_cast<double>(layer.layout.expert_bytes()) > big_bytes) {
                 big_bytes = static_cast<double>(layer.layout.expert_bytes());
@@ -111,7 +110,7 @@ private:
 
     int usable_layer(const accelerator & device, int cls) const {
         for (int layer = 0; layer < book_.n_layers(); layer++) {
-            if (book_.layer(layer).cls == cls && device.slots[static_cast<size_t>(layer)].n_slots() > 0) {
+            if (book_.layer(layer).cls == cls && device.of_layer(layer).n_slots() > 0) {
                 return layer;
             }
         }
@@ -181,7 +180,7 @@ private:
     }
 
     const layer_book & book_;
-    std::vector<std::unique_ptr<accelerator>> & devices_;
+    fleet & devices_;
     cpu_timer & timer_;
     const step_clock & clock_;
     std::vector<copy_result> results_;
@@ -211,11 +210,25 @@ status simple_cost_model(const simple_costs & given, const layer_book & book, in
     return out.set_dram(std::numeric_limits<double>::infinity());
 }
 
-status measured_cost_model(const layer_book & book, std::vector<std::unique_ptr<accelerator>> & devices,
-                           cpu_timer & timer, const step_clock & clock, cost_model & out) {
-    HYBRIMOE_TRY(set_layers(book, static_cast<int>(devices.size()), out));
-    HYBRIMOE_TRY(prober(book, devices, timer, clock).run(out));
+status measured_cost_model(const common & shared, fleet & devices, cpu_timer & timer, cost_model & out) {
+    HYBRIMOE_TRY(set_layers(shared.book, devices.size(), out));
+    HYBRIMOE_TRY(prober(shared, devices, timer).run(out));
     return out.check();
+}
+
+status find_cost_model(const common & shared, fleet & devices, cpu_timer & timer, cost_model & out) {
+    const settings & config = shared.config;
+    if (config.simple) {
+        return simple_cost_model(*config.simple, shared.book, devices.size(), out);
+    }
+    if (!config.costs_json.empty()) {
+        const status made = calibrated_cost_model(config.costs_json, shared.book, devices.size(), out);
+        if (made.ok()) {
+            return made;
+        }
+        shared.log.add("%s; measuring instead", made.message());
+    }
+    return measured_cost_model(shared, devices, timer, out);
 }
 
 } // namespace hybrimoe

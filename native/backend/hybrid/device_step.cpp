@@ -15,23 +15,6 @@ constexpr int watch_stage = -1;
 
 } // namespace
 
-accelerator::accelerator(ggml_backend_dev_t device, int index, const settings & config, const step_clock & clock)
-    : port(device, index, config), compute(port), worker(port, config, clock) {
-    for (int i = 0; port.has_events() && i < n_scratch_slots; i++) {
-        scratch_events.push_back(ggml_backend_event_new(device));
-    }
-    if (port.has_events()) {
-        end_event = ggml_backend_event_new(device);
-    }
-}
-
-accelerator::~accelerator() {
-    for (ggml_backend_event_t event : scratch_events) {
-        ggml_backend_event_free(event);
-    }
-    ggml_backend_event_free(end_event);
-}
-
 template <class body> bool device_step::timed(body run) {
     if (!is_timed_) {
         return run();
@@ -51,7 +34,7 @@ void device_step::begin(const expert_layout & layout, const routed_pairs & pairs
     pairs_          = pairs;
     items_.clear();
     batch_open_ = batch_sum_ = false;
-    abandoned_ = pending_ = has_seen_end_ = false;
+    abandoned_ = broken_ = pending_ = has_seen_end_ = false;
 }
 
 const device_item * device_step::find(int32_t expert) const {
@@ -113,7 +96,7 @@ void device_step::launch(const std::vector<copy_order> & orders, bool looks) {
 
 void device_step::run(int stage) {
     std::unique_lock<std::mutex> lock(mutex_);
-    if (abandoned_) {
+    if (abandoned_ || broken_) {
         return;
     }
     if (is_decode()) {
@@ -128,6 +111,15 @@ void device_step::run(int stage) {
         pending_ = static_cast<size_t>(stage) <= waiting_.size();
     }
     lock.unlock();
+    done_.notify_all();
+}
+
+void device_step::on_failure() noexcept {
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        broken_  = true;
+        pending_ = false;
+    }
     done_.notify_all();
 }
 
@@ -148,7 +140,7 @@ bool device_step::finish(double timeout_us) {
         }
     }
     device_.compute.synchronize();
-    if (abandoned_ && !is_decode()) {
+    if ((abandoned_ || broken_) && !is_decode()) {
         for (device_item & item : items_) {
             item.done = false; // the batch has no end, so nothing of it came back
         }

@@ -1,8 +1,7 @@
 // One accelerator's share of one layer in one step.
 #pragma once
 
-#include "accelerator/device_compute.h"
-#include "accelerator/device_worker.h"
+#include "hybrid/accelerator.h"
 
 #include <condition_variable>
 #include <cstdint>
@@ -11,26 +10,6 @@
 
 namespace hybrimoe {
 
-// An accelerator with everything that runs on it.
-struct accelerator {
-    accelerator(ggml_backend_dev_t device, int index, const settings & config, const step_clock & clock);
-    ~accelerator();
-
-    // An event of the scratch slot's last user, recorded on the computing instance; null where there are no events.
-    ggml_backend_event_t scratch_event(int slot) const {
-        return scratch_events.empty() ? nullptr : scratch_events[static_cast<size_t>(slot)];
-    }
-
-    device_port port;
-    std::vector<slot_set> slots;   // per layer
-    std::vector<slot_set> scratch; // per class: experts that prefill streams through
-    std::vector<ggml_backend_event_t> scratch_events;
-    ggml_backend_event_t end_event = nullptr; // of a step that is watched; null where there are no events
-    device_compute compute;
-    device_worker worker; // last: its thread uses what stands above
-};
-
-constexpr int n_scratch_slots  = 4;
 constexpr double least_wait_us = 5.0; // a shorter wait says nothing about the accelerator's time
 
 // An active expert that the plan gave to this accelerator.
@@ -97,6 +76,7 @@ public:
     void add_to(float * y, size_t y_token_bytes) const;
 
     void run(int stage) override;
+    void on_failure() noexcept override;
 
 private:
     bool is_decode() const { return pairs_.n_tokens == 1; }
@@ -139,6 +119,7 @@ private:
     std::condition_variable done_;
     bool pending_   = false; // the worker has a stage left
     bool abandoned_ = false;
+    bool broken_    = false; // a stage failed
 };
 
 } // namespace hybrimoe

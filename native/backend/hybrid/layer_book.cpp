@@ -12,6 +12,10 @@ int layer_book::find(const moe_block & block, const described_block & described)
     const void * identity = described.layer.down.data;
     const auto found      = by_experts_.find(identity);
     if (found != by_experts_.end()) {
+        if (found->second >= 0) {
+            int32_t & top_k = layers_[static_cast<size_t>(found->second)]->top_k;
+            top_k           = std::min(top_k, static_cast<int32_t>(block.top_k()));
+        }
         return found->second;
     }
     if (closed_) {
@@ -40,6 +44,11 @@ int layer_book::find(const moe_block & block, const described_block & described)
     by_experts_.emplace(identity, index);
     layers_.push_back(std::move(made));
     return index;
+}
+
+bool layer_book::may_be_warm_up() const {
+    return std::any_of(layers_.begin(), layers_.end(),
+                       [](const auto & one) { return one->top_k >= one->layout.n_expert; });
 }
 
 int32_t layer_book::max_experts() const {

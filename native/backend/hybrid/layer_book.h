@@ -25,9 +25,12 @@ struct known_layer {
 class layer_book {
 public:
     // The number of the block's layer, counted in the order of execution; -1 for experts that cannot be moved. A layer
-    // that is met for the first time is entered, unless the book is closed.
+    // that is met for the first time is entered, unless the book is closed; its top_k is the smallest that was asked
+    // for.
     int find(const moe_block & block, const described_block & described);
     bool is_known(const described_block & described) const;
+    // Whether some layer has only been asked for all of its experts: by a warm-up, or the model is like that.
+    bool may_be_warm_up() const;
     void close() { closed_ = true; }
 
     int n_layers() const { return static_cast<int>(layers_.size()); }

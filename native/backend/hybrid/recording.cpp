@@ -1,6 +1,8 @@
-// hybrid_dispatch: what the recorder is told, and what belongs to a recording beside its records.
+#include "hybrid/recording.h"
+
 #include "hybrid/cost_source.h"
-#include "hybrid/hybrid_dispatch.h"
+#include "hybrid/device_step.h"
+#include "hybrid/fleet.h"
 
 #include "nlohmann/json.hpp"
 
@@ -48,149 +50,204 @@ nlohmann::json counters_of(const runtime & rt) {
 
 } // namespace
 
-void hybrid_dispatch::note(trace_kind kind, int layer, int a, int b, int c) {
-    if (is_recording()) {
-        recorder_->add(kind, clock_.now_us(), layer, 0, a, b, c);
+recording::recording(const common & shared) : shared_(shared) {
+    const settings & config = shared.config;
+    if (config.trace_bytes > 0) {
+        recorder_ = std::make_unique<trace_recorder>(static_cast<size_t>(config.trace_bytes), config.trace_scores,
+                                                     config.trace_spans);
     }
 }
 
-void hybrid_dispatch::note_copy(trace_kind kind, int64_t id, double now_us) {
-    if (is_recording()) {
-        recorder_->add(kind, now_us, 0, id);
+// ---------------------------------------------------------------------------------------------------------------
+// events without arrays
+
+void recording::note(trace_kind kind, int layer, int a, int b, int c) {
+    if (is_on()) {
+        recorder_->add(kind, shared_.clock.now_us(), layer, 0, a, b, c);
     }
 }
 
-void hybrid_dispatch::note_copied(const copy_result & result, double now_us) {
+void recording::on_prompt() {
+    note(trace_kind::prompt);
+}
+
+void recording::on_limits(const runtime_limits & limits) {
+    note(trace_kind::limits, 0, limits.prefetch, limits.demand_copies, limits.admission);
+}
+
+void recording::on_resize(int layer, int device, int n_slots) {
+    note(trace_kind::resize, layer, device, n_slots);
+}
+
+void recording::on_load(int layer, int expert, int device) {
+    note(trace_kind::load, layer, expert, device);
+}
+
+void recording::on_loaded(int layer, int expert, bool ok) {
+    note(trace_kind::loaded, layer, expert, ok);
+}
+
+void recording::on_complete(int64_t transfer, double now_us) {
+    if (is_on()) {
+        recorder_->add(trace_kind::complete, now_us, 0, transfer);
+    }
+}
+
+void recording::on_fail(int64_t transfer, double now_us) {
+    if (is_on()) {
+        recorder_->add(trace_kind::fail, now_us, 0, transfer);
+    }
+}
+
+void recording::on_copied(const copy_result & result, double now_us) {
     if (has_spans()) {
         recorder_->add_copied(result.id, result.end_us - result.us, result.end_us, result.bytes, now_us);
     }
 }
 
-void hybrid_dispatch::mark_router_end() {
+void recording::on_costs(const cost_model & costs) {
+    if (is_on()) {
+        recorder_->add_costs(describe_costs(costs), shared_.clock.now_us());
+    }
+}
+
+void recording::keep_costs(const cost_model & costs) {
+    if (is_on()) {
+        costs_ = describe_costs(costs);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// a block
+
+void recording::on_pass(int64_t n_tokens) {
+    if (is_on()) {
+        recorder_->begin_pass(n_tokens, shared_.clock.now_us());
+    }
+}
+
+void recording::on_block() {
     if (has_spans()) {
-        times_.router_end = clock_.now_us();
+        times_       = {};
+        times_.begin = shared_.clock.now_us();
     }
 }
 
-void hybrid_dispatch::mark_cpu_end() {
+void recording::on_router_end() {
     if (has_spans()) {
-        times_.cpu_end = clock_.now_us();
+        times_.router_end = shared_.clock.now_us();
     }
 }
 
-void hybrid_dispatch::mark_kernels(const kernel_executor::result & done) {
+void recording::on_cpu_end() {
     if (has_spans()) {
-        times_.begin      = clock_.of_ns(done.begin_ns);
-        times_.router_end = clock_.of_ns(done.begin_ns + done.router_ns);
-        times_.cpu_end    = clock_.of_ns(done.begin_ns + done.router_ns + done.experts_ns);
+        times_.cpu_end = shared_.clock.now_us();
     }
 }
 
-void hybrid_dispatch::note_costs() {
-    if (is_recording()) {
-        recorder_->add_costs(describe_costs(governor_.costs()), clock_.now_us());
+void recording::on_kernels(const kernel_executor::result & done) {
+    if (has_spans()) {
+        times_.begin      = shared_.clock.of_ns(done.begin_ns);
+        times_.router_end = shared_.clock.of_ns(done.begin_ns + done.router_ns);
+        times_.cpu_end    = shared_.clock.of_ns(done.begin_ns + done.router_ns + done.experts_ns);
     }
 }
 
-// What was tried is a fact of its own: whether to try depends on the clock.
-void hybrid_dispatch::note_trial(double now_us) {
-    if (decision_->is_tried) {
-        recorder_->add(trace_kind::trial, now_us, layer_, 0, static_cast<int>(event_.trial.what.kind),
-                       event_.trial.what.device);
+void recording::on_routed(const layer_event & event) {
+    if (is_on()) {
+        unplanned_us_ = shared_.clock.now_us();
+        recorder_->add_layer(event, shared_.book.max_experts(), unplanned_us_, false);
     }
 }
 
-// A block that the runtime was not asked about: while the layers are learnt, without accelerators, and while one is
-// set aside.
-void hybrid_dispatch::note_unplanned(const float * scores) {
-    if (!is_recording()) {
+void recording::on_planned(const layer_event & event, const decision & made, double now_us) {
+    if (!is_on()) {
         return;
     }
-    layer_event event = event_of(scores);
-    event.gap_us      = phase_ == phase::learning ? 0.0 : gap_us_;
-    unplanned_us_     = clock_.now_us();
-    recorder_->add_layer(event, book_.max_experts(), unplanned_us_, false);
+    if (made.is_tried) { // a fact of its own: whether to try depends on the clock
+        recorder_->add(trace_kind::trial, now_us, event.layer, 0, static_cast<int>(event.trial.what.kind),
+                       event.trial.what.device);
+    }
+    recorder_->add_layer(event, shared_.book.max_experts(), now_us, true);
+    recorder_->add_transfers(made);
 }
 
 // What accelerators did of a planned block. ggml does not tell how long a graph ran on an asynchronous device: where it
 // was waited for and nothing else held it up, it is known; else the cost model's time stands in.
-void hybrid_dispatch::note_gpu_times(double wait_begin_us, double end_us) {
-    const cost_model & costs = governor_.costs();
-    const layer_plan & plan  = decision_->plan;
-    times_.wait_end          = end_us;
-    times_.predicted         = plan.makespan_us;
-    times_.predicted_cpu     = plan.cpu_end_us;
-    times_.gpu_is_known      = true;
-    times_.n_cpu             = n_cpu_;
-    times_.n_gpu             = n_gpu_;
-    for (size_t d = 0; d < devices_.size(); d++) {
-        if (!steps_[d]->has_work()) {
+void recording::note_gpu_times(const done_block & done, const fleet & devices, const cost_model & costs) {
+    const layer_plan & plan = done.planned->plan;
+    times_.launch_begin     = done.launch_begin_us;
+    times_.launch_end       = done.launch_end_us;
+    times_.wait_end         = done.end_us;
+    times_.predicted        = plan.makespan_us;
+    times_.predicted_cpu    = plan.cpu_end_us;
+    times_.gpu_is_known     = true;
+    times_.n_cpu            = done.n_cpu;
+    times_.n_gpu            = done.n_gpu;
+    for (int d = 0; d < devices.size(); d++) {
+        const device_step & share = *devices[d].share;
+        if (!share.has_work()) {
             continue;
         }
-        const int index  = static_cast<int>(d);
-        double predicted = costs.step_us(index);
+        double predicted = costs.step_us(d);
         bool is_waiting  = false;
-        for (const device_item & item : steps_[d]->items()) {
-            predicted += costs.t_gpu(layer_, index, item.n_tokens);
+        for (const device_item & item : share.items()) {
+            predicted += costs.t_gpu(done.layer, d, item.n_tokens);
             is_waiting = is_waiting || item.transfer != 0;
         }
         times_.predicted_gpu += predicted;
-        if (devices_[d]->port.is_cpu()) { // computes within the call
-            times_.gpu_busy += steps_[d]->computed_us();
-            times_.gpu_end = std::max(times_.gpu_end, clock_.of_us(steps_[d]->computed_until()));
+        if (devices[d].port.is_cpu()) { // computes within the call
+            times_.gpu_busy += share.computed_us();
+            times_.gpu_end = std::max(times_.gpu_end, shared_.clock.of_us(share.computed_until()));
             continue;
         }
-        const double begin_us  = times_.launch_begin;
-        const bool was_waited  = end_us - wait_begin_us > least_wait_us;
+        const double begin_us  = done.launch_begin_us;
+        const bool was_waited  = done.end_us - done.wait_begin_us > least_wait_us;
         times_.gpu_is_known    = times_.gpu_is_known && was_waited && !is_waiting;
-        const double until_us  = was_waited ? end_us : std::min(wait_begin_us, begin_us + predicted);
+        const double until_us  = was_waited ? done.end_us : std::min(done.wait_begin_us, begin_us + predicted);
         times_.gpu_end         = std::max(times_.gpu_end, until_us);
         const double passed_us = until_us - begin_us;
         times_.gpu_busy += is_waiting ? std::min(passed_us, predicted) : passed_us;
     }
 }
 
-// A planned block, when the accelerators are done.
-void hybrid_dispatch::note_step(double wait_begin_us, double end_us) {
-    if (!is_recording()) {
+void recording::on_done(const done_block & done, const fleet & devices, const cost_model & costs) {
+    if (!is_on()) {
         return;
     }
-    const bool is_gpu = n_gpu_ > 0;
     if (has_spans()) {
-        note_gpu_times(wait_begin_us, end_us);
+        note_gpu_times(done, devices, costs);
     }
-    recorder_->add_devices(where_);
-    recorder_->add_measured(layer_, wait_begin_us - route_end_us_, is_gpu ? end_us - route_end_us_ : 0.0,
-                            is_gpu ? end_us - wait_begin_us : 0.0, end_us, true);
+    const bool is_gpu = done.n_gpu > 0;
+    recorder_->add_devices(*done.devices);
+    recorder_->add_measured(done.layer, done.wait_begin_us - done.launch_end_us,
+                            is_gpu ? done.end_us - done.launch_end_us : 0.0,
+                            is_gpu ? done.end_us - done.wait_begin_us : 0.0, done.end_us, true);
 }
 
-void hybrid_dispatch::note_block_end() {
-    if (!is_recording()) {
+void recording::on_block_end(int layer, int64_t n_tokens, bool was_planned, bool is_last) {
+    if (!is_on()) {
         return;
     }
-    std::lock_guard<std::mutex> lock(mutex_);
-    const double now_us = clock_.now_us();
-    if (routed_) {
-        recorder_->add(trace_kind::layer_done, now_us, layer_);
+    const double now_us = shared_.clock.now_us();
+    if (was_planned) {
+        recorder_->add(trace_kind::layer_done, now_us, layer);
     } else {
-        recorder_->add_measured(layer_, now_us - unplanned_us_, 0.0, 0.0, now_us, false);
+        recorder_->add_measured(layer, now_us - unplanned_us_, 0.0, 0.0, now_us, false);
     }
     if (recorder_->with_spans()) {
         times_.end = now_us;
-        recorder_->add_phases(layer_, pairs_.n_tokens, times_, routed_);
+        recorder_->add_phases(layer, n_tokens, times_, was_planned);
     }
-    // Which layer is the last one is known once all have been seen.
-    if (phase_ != phase::learning && layer_ == book_.n_layers() - 1) {
+    if (is_last) {
         recorder_->commit();
     }
 }
 
-int64_t hybrid_dispatch::read_trace(uint8_t * out, size_t size) const {
-    return recorder_ == nullptr ? -1 : recorder_->pop(out, size);
-}
+// ---------------------------------------------------------------------------------------------------------------
+// what belongs to a recording beside its records
 
-bool hybrid_dispatch::stop_trace() const {
-    std::lock_guard<std::mutex> lock(mutex_);
+bool recording::stop() const {
     if (recorder_ == nullptr) {
         return false;
     }
@@ -198,13 +255,12 @@ bool hybrid_dispatch::stop_trace() const {
     return true;
 }
 
-std::string hybrid_dispatch::describe_trace() const {
-    std::lock_guard<std::mutex> lock(mutex_);
+std::string recording::describe(bool is_set_up, const runtime * rt, const fleet & devices) const {
     nlohmann::json out;
-    out["is_set_up"] = phase_ != phase::learning;
+    out["is_set_up"] = is_set_up;
     out["layers"]    = nlohmann::json::array();
-    for (int layer = 0; layer < book_.n_layers(); layer++) {
-        out["layers"].push_back(book_.layer(layer).llama_layer);
+    for (int layer = 0; layer < shared_.book.n_layers(); layer++) {
+        out["layers"].push_back(shared_.book.layer(layer).llama_layer);
     }
     out["run"]      = nullptr;
     out["counters"] = nullptr;
@@ -214,19 +270,20 @@ std::string hybrid_dispatch::describe_trace() const {
         out["us_per_decode_pass"]  = recorder_->us_per_decode_pass();
         out["us_per_prefill_pass"] = recorder_->us_per_prefill_pass();
     }
-    if (runtime_ != nullptr && !recorded_costs_.empty()) {
+    if (rt != nullptr && !costs_.empty()) {
+        const settings & config = shared_.config;
         const runtime_config defaults{};
-        out["run"]      = {{"n_slots", wanted_slots_},
-                           {"eviction", config_.cache_policy},
-                           {"admission", config_.admission},
-                           {"schedule", config_.schedule},
-                           {"prefetch", config_.prefetch},
+        out["run"]      = {{"n_slots", devices.wanted()},
+                           {"eviction", config.cache_policy},
+                           {"admission", config.admission},
+                           {"schedule", config.schedule},
+                           {"prefetch", config.prefetch},
                            {"pooled", false},
                            {"max_window_layers", defaults.max_window_layers},
                            {"pay_back", defaults.pay_back},
                            {"preload", defaults.preload},
-                           {"costs", nlohmann::json::parse(recorded_costs_)}};
-        out["counters"] = counters_of(*runtime_);
+                           {"costs", nlohmann::json::parse(costs_)}};
+        out["counters"] = counters_of(*rt);
     }
     return out.dump();
 }

@@ -19,12 +19,12 @@ public:
 
     // A step failed: sharing pauses from now on.
     void begin(const std::string & reason, double now_us) {
-        reason_   = reason;
         since_us_ = now_us;
         until_us_ = now_us + next_us_;
         next_us_  = std::min(2.0 * next_us_, most_us);
         is_on_    = true;
         ++n_;
+        reason_ = reason; // last: may be short of memory
     }
     // Whether steps are not shared now. The first call after the time has come ends the pause.
     bool is_on(double now_us) {

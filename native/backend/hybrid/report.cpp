@@ -1,5 +1,6 @@
-// hybrid_dispatch: what others may ask while it runs.
-#include "hybrid/hybrid_dispatch.h"
+#include "hybrid/report.h"
+
+#include "hybrid/hybrid.h"
 
 #include "nlohmann/json.hpp"
 
@@ -35,30 +36,58 @@ nlohmann::json describe_beliefs(const governor & gov, double now_us) {
 
 } // namespace
 
-std::string hybrid_dispatch::describe_state() const {
+void announce(const common & shared, const fleet & devices, const reproducibility & promise, const cost_model & costs) {
+    if (shared.config.reproducible) {
+        promise.announce(devices);
+        return;
+    }
+    for (int d = 0; d < devices.size(); d++) {
+        const accelerator & device = devices[d];
+        double bytes               = 0.0;
+        int64_t n_slots            = 0;
+        int64_t n_experts          = 0;
+        for (int layer = 0; layer < shared.book.n_layers(); layer++) {
+            bytes += static_cast<double>(device.of_layer(layer).n_bytes());
+            n_slots += device.of_layer(layer).n_slots();
+            n_experts += shared.book.layer(layer).layout.n_expert;
+        }
+        shared.log.add(
+            "%s caches %lld of %lld experts (%.2f GiB, %.0f %%); an expert: CPU %.0f us, %s %.0f us, copy %.0f us",
+            device.port.name().c_str(), static_cast<long long>(n_slots), static_cast<long long>(n_experts), gib(bytes),
+            100.0 * static_cast<double>(n_slots) / static_cast<double>(std::max<int64_t>(1, n_experts)),
+            costs.t_cpu(0, 1, false), device.port.name().c_str(), costs.t_gpu(0, d, 1),
+            costs.t_copy(d, costs.of_layer(0).bytes));
+    }
+}
+
+std::string hybrid::describe_state() const {
     std::lock_guard<std::mutex> lock(mutex_);
     nlohmann::json out;
     out["phase"]    = phase_ == phase::learning ? "learning" : phase_ == phase::ready ? "ready" : "cpu-only";
-    out["n_layers"] = book_.n_layers();
+    out["n_layers"] = shared_.book.n_layers();
+    out["given_up"] = given_up_.empty() ? nlohmann::json(nullptr) : nlohmann::json(given_up_);
     out["paused"]   = nlohmann::json::array(); // what is tried again later, and why
     if (pause_.is_on()) {
-        const double now_us = clock_.now_us();
+        const double now_us = shared_.clock.now_us();
         out["paused"].push_back({{"kind", "failed-step"},
                                  {"what", "sharing"},
                                  {"reason", pause_.reason()},
                                  {"since_s", (now_us - pause_.since_us()) * 1e-6},
                                  {"retry_in_s", std::max(0.0, pause_.until_us() - now_us) * 1e-6}});
     }
-    for (size_t d = 0; d < devices_.size() && d < is_suspended_.size(); d++) {
-        if (is_suspended_[d]) {
+    for (int d = 0; d < fleet_.size(); d++) {
+        if (fleet_[d].is_lost) {
+            out["given_up"] = fleet_[d].port.name() + ": its slots are in disorder";
+        }
+        if (fleet_[d].is_suspended) {
             out["paused"].push_back(
-                {{"kind", "stuck-copy"}, {"what", devices_[d]->port.name()}, {"reason", "a copy did not end"}});
+                {{"kind", "stuck-copy"}, {"what", fleet_[d].port.name()}, {"reason", "a copy did not end"}});
         }
     }
     const cost_model & costs = governor_.costs();
     out["devices"]           = nlohmann::json::array();
-    for (size_t d = 0; d < devices_.size(); d++) {
-        const accelerator & device = *devices_[d];
+    for (int d = 0; d < fleet_.size(); d++) {
+        const accelerator & device = fleet_[d];
         nlohmann::json one;
         double bytes = 0.0;
         std::vector<int> slots;
@@ -74,12 +103,11 @@ std::string hybrid_dispatch::describe_state() const {
         one["total_bytes"]  = device.port.total_bytes();
         one["copied_bytes"] = device.worker.n_bytes_copied();
         one["copy_busy_us"] = device.worker.busy_us();
-        one["suspended"]    = static_cast<bool>(is_suspended_[d]);
-        if (runtime_ != nullptr && !config_.reproducible) {
-            const int index       = static_cast<int>(d);
-            one["gpu_expert_us"]  = costs.t_gpu(0, index, 1);
-            one["copy_expert_us"] = costs.t_copy(index, costs.of_layer(0).bytes);
-            one["step_us"]        = costs.step_us(index);
+        one["suspended"]    = device.is_suspended;
+        if (runtime_ != nullptr && !shared_.config.reproducible) {
+            one["gpu_expert_us"]  = costs.t_gpu(0, d, 1);
+            one["copy_expert_us"] = costs.t_copy(d, costs.of_layer(0).bytes);
+            one["step_us"]        = costs.step_us(d);
         }
         out["devices"].push_back(one);
     }
@@ -107,7 +135,7 @@ std::string hybrid_dispatch::describe_state() const {
                                        {"prefetch_wasted_bytes", stats.prefetch_wasted_bytes},
                                        {"prefetch_on", runtime_->prefetch_on()},
                                        {"decision_hash", std::to_string(stats.decision_hash)}};
-        out["guard"]                = {{"on", config_.guard},
+        out["guard"]                = {{"on", shared_.config.guard},
                                        {"level", guard_level_name(governor_.level().level())},
                                        {"n_changes", governor_.level().n_changes()},
                                        {"token_us", governor_.level().token_us()},
@@ -116,7 +144,7 @@ std::string hybrid_dispatch::describe_state() const {
                                        {"floor_is", "estimated"}};
         out["trials"]               = {{"n", governor_.tried().n_trials()}, {"us", governor_.tried().spent_us()}};
         if (governor_.is_live()) {
-            out["beliefs"] = describe_beliefs(governor_, clock_.now_us());
+            out["beliefs"] = describe_beliefs(governor_, shared_.clock.now_us());
         }
         nlohmann::json recall = nlohmann::json::array();
         for (int d = 1; d <= max_lookahead; d++) {
@@ -126,29 +154,13 @@ std::string hybrid_dispatch::describe_state() const {
         out["look_ahead"] = recall;
     }
     // Whether it was asked for, and whether it has held.
-    out["reproducible"] = {{"on", config_.reproducible}, {"holds", config_.reproducible && is_reproducible_}};
-    if (config_.reproducible) { // no costs are known
+    out["reproducible"] = {{"on", shared_.config.reproducible}, {"holds", reproducibility_.holds()}};
+    if (shared_.config.reproducible) { // no costs are known
         for (const char * key : {"cpu_expert_us", "cpu_first_us", "dram_bytes_per_us"}) {
             out.erase(key);
         }
     }
     return out.dump();
-}
-
-bool hybrid_dispatch::residency(int llama_layer, std::vector<int32_t> & device) const {
-    std::lock_guard<std::mutex> lock(mutex_);
-    for (int layer = 0; runtime_ != nullptr && layer < book_.n_layers(); layer++) {
-        if (book_.layer(layer).llama_layer == llama_layer) {
-            device.clear();
-            for (int32_t e = 0; e < book_.layer(layer).layout.n_expert; e++) {
-                const hybrimoe::residency at = runtime_->cache().lookup(layer, e);
-                const bool there             = at.state == slot_state::resident || at.state == slot_state::pinned;
-                device.push_back(there ? at.device : cpu_device);
-            }
-            return true;
-        }
-    }
-    return false;
 }
 
 } // namespace hybrimoe

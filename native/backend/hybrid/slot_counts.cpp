@@ -1,0 +1,165 @@
+#include "hybrid/slot_counts.h"
+
+#include "accelerator/device_compute.h"
+#include "hybrid/accelerator.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+namespace hybrimoe {
+
+namespace {
+
+constexpr double rounding = 1e-9; // a share of the layers' bytes must hold that share of the layers
+
+bool may_cache(const common & shared, const device_port & port, int layer) {
+    return shared.book.layer(layer).llama_layer >= shared.config.n_cpu_layers &&
+           device_compute::supports(port, shared.book.layer(layer).layout);
+}
+
+// As many slots for each layer as the budget holds, then one more for as many layers as the rest allows.
+std::vector<int> slots_for_budget(const common & shared, const device_port & port, double budget) {
+    const int n_layers = shared.book.n_layers();
+    std::vector<int> slots(static_cast<size_t>(n_layers), 0);
+    std::vector<double> bytes(static_cast<size_t>(n_layers), 0.0);
+    double sum = 0.0;
+    for (int layer = 0; layer < n_layers; layer++) {
+        const expert_layout & layout = shared.book.layer(layer).layout;
+        if (may_cache(shared, port, layer)) {
+            bytes[static_cast<size_t>(layer)] = static_cast<double>(slot_set::needed_bytes(port, layout, 16)) / 16.0;
+            sum += bytes[static_cast<size_t>(layer)];
+        }
+    }
+    if (sum <= 0.0 || budget <= 0.0) {
+        return slots;
+    }
+    const int each = static_cast<int>(std::min(budget / sum, 1e6));
+    double left    = budget - each * sum;
+    for (size_t layer = 0; layer < slots.size(); layer++) {
+        const bool one_more = bytes[layer] > 0.0 && bytes[layer] <= left;
+        left -= one_more ? bytes[layer] : 0.0;
+        slots[layer] = bytes[layer] > 0.0 ? each + (one_more ? 1 : 0) : 0;
+    }
+    return slots;
+}
+
+// With the setting "reproducible": whole layers stand on accelerators from set-up to the end, as plain llama.cpp would
+// place them, so that which device computes an expert never depends on anything that happens while the model runs.
+// Whole layers rather than some experts of each: then one device computes all of a token's sum in a layer, and only
+// layers that are on an accelerator pay for launching and waiting. `free` decides for the size "auto" alone: any other
+// size is shared out by what the devices have.
+slot_table fixed_slots(const common & shared, const std::vector<const device_port *> & devices,
+                       const std::vector<double> & free) {
+    const layer_book & book        = shared.book;
+    const expert_cache_size & size = shared.config.expert_cache;
+    std::vector<double> total;
+    for (const device_port * port : devices) {
+        total.push_back(static_cast<double>(port->total_bytes()));
+    }
+    const double all = std::accumulate(total.begin(), total.end(), 0.0);
+    std::vector<bool> is_taken(static_cast<size_t>(book.n_layers()), false);
+    slot_table slots;
+    for (size_t d = 0; d < devices.size(); d++) {
+        const double share = all > 0.0 ? total[d] / all : 1.0 / static_cast<double>(devices.size());
+        std::vector<bool> may_take(static_cast<size_t>(book.n_layers()), false);
+        double budget = 0.0;
+        for (int layer = 0; layer < book.n_layers(); layer++) {
+            const expert_layout & layout = book.layer(layer).layout;
+            if (!may_cache(shared, *devices[d], layer)) {
+                continue;
+            }
+            may_take[static_cast<size_t>(layer)] = !is_taken[static_cast<size_t>(layer)];
+            const double n = size.is == expert_cache_size::kind::slots ? static_cast<double>(size.n_slots)
+                                                                       : size.fraction * layout.n_expert;
+            budget += share * std::min<double>(n, layout.n_expert) * static_cast<double>(layout.expert_bytes());
+        }
+        if (size.is == expert_cache_size::kind::automatic) {
+            budget = free[d] - static_cast<double>(shared.config.fit_margin_bytes);
+        } else if (size.is == expert_cache_size::kind::bytes) {
+            budget = share * size.n_bytes;
+        }
+        slots.push_back(whole_layers(book, budget, may_take));
+        for (size_t layer = 0; layer < is_taken.size(); layer++) {
+            is_taken[layer] = is_taken[layer] || slots.back()[layer] > 0;
+        }
+    }
+    return slots;
+}
+
+// What slots may take of the device's memory: the rest is work memory of prefill.
+double free_for_slots(const common & shared, const device_port & port) {
+    const layer_book & book = shared.book;
+    double work             = 0.0;
+    for (int cls = 0; cls < book.n_classes(); cls++) {
+        const expert_layout & layout = book.of_class(cls).layout;
+        work = std::max(work, static_cast<double>(device_compute::batch_bytes(layout, shared.config.max_batch_tokens,
+                                                                              book.max_top_k())));
+        work += n_scratch_slots * static_cast<double>(layout.expert_bytes());
+    }
+    return std::max(0.0, static_cast<double>(port.free_bytes()) - work);
+}
+
+} // namespace
+
+std::vector<int> whole_layers(const layer_book & book, double budget, const std::vector<bool> & may_take) {
+    std::vector<int> slots(static_cast<size_t>(book.n_layers()), 0);
+    for (int layer = 0; layer < book.n_layers(); layer++) {
+        const expert_layout & layout = book.layer(layer).layout;
+        const double bytes           = static_cast<double>(layout.expert_bytes()) * layout.n_expert;
+        if (may_take[static_cast<size_t>(layer)] && bytes <= budget * (1.0 + rounding)) {
+            slots[static_cast<size_t>(layer)] = layout.n_expert;
+            budget -= bytes;
+        }
+    }
+    return slots;
+}
+
+slot_table count_slots(const common & shared, const std::vector<const device_port *> & devices) {
+    const layer_book & book        = shared.book;
+    const expert_cache_size & size = shared.config.expert_cache;
+    std::vector<double> free;
+    for (const device_port * port : devices) {
+        free.push_back(free_for_slots(shared, *port));
+    }
+    if (shared.config.reproducible) {
+        return fixed_slots(shared, devices, free);
+    }
+    const double all_free = std::accumulate(free.begin(), free.end(), 0.0);
+    slot_table slots;
+    for (size_t d = 0; d < devices.size(); d++) {
+        const double share = all_free > 0.0 ? free[d] / all_free : 1.0 / static_cast<double>(devices.size());
+        switch (size.is) {
+        case expert_cache_size::kind::automatic:
+            slots.push_back(
+                slots_for_budget(shared, *devices[d], free[d] - static_cast<double>(shared.config.fit_margin_bytes)));
+            break;
+        case expert_cache_size::kind::bytes:
+            slots.push_back(slots_for_budget(shared, *devices[d], size.n_bytes * share));
+            break;
+        default: {
+            std::vector<int> one;
+            for (int layer = 0; layer < book.n_layers(); layer++) {
+                const double n    = size.is == expert_cache_size::kind::slots
+                                        ? static_cast<double>(size.n_slots)
+                                        : std::round(size.fraction * book.layer(layer).layout.n_expert);
+                const bool usable = may_cache(shared, *devices[d], layer);
+                one.push_back(usable ? static_cast<int>(std::ceil(n * share - 1e-9)) : 0);
+            }
+            slots.push_back(std::move(one));
+        }
+        }
+    }
+    // No layer has more slots than experts, on all devices together.
+    for (int layer = 0; layer < book.n_layers(); layer++) {
+        int left = book.layer(layer).layout.n_expert;
+        for (auto & of_device : slots) {
+            int & n = of_device[static_cast<size_t>(layer)];
+            n       = std::min(n, left);
+            left -= n;
+        }
+    }
+    return slots;
+}
+
+} // namespace hybrimoe
