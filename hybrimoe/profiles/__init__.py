@@ -161,8 +161,8 @@ def names() -> list[str]:
 def load(text: str | Path) -> Machine:
     """A machine by preset name or file, with parts replaced after a colon.
 
-    `rtx4090-pcie4-ddr5:link=pcie3,ram=ddr4,gpu=rtx3060,gpus=2,vram=16GiB,cores=6` replaces link, memory, card, the card's
-    memory and the number of cores.
+    `rtx4090-pcie4-ddr5:link=pcie3,ram=ddr4,gpu=rtx3060,gpus=2,vram=16GiB,cores=6` replaces link, memory, card,
+    the number of cards, a card's memory and the number of cores.
 
     Raises:
         UsageError: there is no such preset, file or part, or the file is no machine.

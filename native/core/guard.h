@@ -27,7 +27,7 @@ struct guard_options {
     int window        = 16;   // tokens that decide
     double tolerance  = 0.03; // slower than the floor by more than this share is a loss
     double gain       = 0.02; // a level is better than another if it is faster by more than this share
-    double slower     = 0.06;  // a trial fails if it is slower by more than this share, though still no loss
+    double slower     = 0.06; // a trial fails if it is slower by more than this share, though still no loss
     int pause_tokens  = 16;   // before the first trial
     int max_pause     = 256;
     int early_tokens  = 4;     // a trial ends after so many tokens ...

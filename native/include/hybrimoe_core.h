@@ -413,8 +413,8 @@ HM_API int hm_runtime_replay_clock(hm_runtime * runtime, const hm_trace * trace,
 typedef struct hm_machine_phase {
     int64_t from_token;
     const hm_costs * costs;
-    double noise;          /* standard deviation of the logarithm of every time */
-    double outlier_share;  /* of all times that take outlier_factor times as long */
+    double noise;         /* standard deviation of the logarithm of every time */
+    double outlier_share; /* of all times that take outlier_factor times as long */
     double outlier_factor;
     int32_t waits_every_layers; /* an accelerator's batch waits in each so-manyth layer; 0: never */
     double waits_us;
@@ -440,7 +440,8 @@ typedef struct hm_loop_token {
     double believed_cpu, believed_gpu, believed_link, believed_dram;
 } hm_loop_token;
 
-/* A fresh runtime decides by the costs that it was made with and learns; a virtual machine executes at the true ones. */
+/* A fresh runtime decides by the costs that it was made with and learns; a virtual machine executes at the true ones.
+ */
 HM_API int hm_runtime_closed_loop(hm_runtime * runtime, const hm_trace * trace, const hm_loop_options * options,
                                   hm_loop_token * tokens /* [n_tokens] */, char * message, size_t message_size);
 

@@ -199,8 +199,8 @@ bool cost_channel::take_step(int first) {
             s_[i] = anchor_[i] = std::clamp(s_[i] * std::exp(common), floor_[i], largest_factor);
         }
     }
-    sums_                    = normal_equations();
-    scale_                   = std::max(scale_, initial_scale);
+    sums_  = normal_equations();
+    scale_ = std::max(scale_, initial_scale);
     for (int age = first; age >= 0; --age) {
         accumulate(recent(age));
     }
