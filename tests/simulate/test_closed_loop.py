@@ -288,8 +288,8 @@ def test_wrong_beliefs_are_put_right(demo: Loaded, name: str, factor: float) -> 
 
 
 def broken_bounds(found: list[Cell]) -> str:
-    lines = [line for cell in found for line in cell.broken_bounds]
-    n_broken = sum(bool(cell.broken_bounds) for cell in found)
+    lines = [line for cell in found for line in cell.unknown_breaks]
+    n_broken = sum(bool(cell.unknown_breaks) for cell in found)
     return "\n".join([f"{n_broken} of {len(found)} runs break a bound", *lines]) if lines else ""
 
 
