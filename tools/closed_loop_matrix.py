@@ -4,7 +4,8 @@
     python tools/closed_loop_matrix.py [--traces FOLDER] [--only TEXT]
 
 Needs HYBRIMOE_TRACES or --traces, the folder of the traces of real models; takes some minutes. Exit code 1: a bound is
-not kept that KNOWN does not name; what breaks it goes to stderr. The scenarios and their bounds are those of tests/simulate/test_closed_loop.py.
+not kept that KNOWN does not name; what breaks it goes to stderr. tests/simulate/test_closed_loop.py runs the same
+scenarios and bounds.
 """
 
 from __future__ import annotations
@@ -96,9 +97,9 @@ class Scenario:
         return found
 
 
-# Runs that do not keep a bound, and the worst ratio that they may have: (trace, devices, share of slots, scenario). Which
-# experts happen to stay cached differs from the oracle's once costs have changed, and where copies hardly pay it stays
-# different for long, to both sides: the mean over a run is near 1. Whoever improves the core takes lines away.
+# Runs that do not keep a bound, and the worst ratio that they may have: (trace, devices, share of slots, scenario).
+# Which experts happen to stay cached differs from the oracle's once costs have changed, and where copies hardly pay it
+# stays different for long, to both sides: the mean over a run is near 1. Whoever improves the core takes lines away.
 KNOWN: dict[tuple[str, int, float, str], float] = {
     ("deepseek-v2-lite", 1, 0.25, "cpu x20 in turns of 40 tokens"): 1.09,
     ("deepseek-v2-lite", 1, 0.25, "1 % outliers x30"): 1.06,

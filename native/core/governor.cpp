@@ -15,7 +15,7 @@ constexpr size_t rare_part      = 3;
 constexpr double rare_ratio     = 2.0;
 constexpr double rare_share     = 0.15;
 constexpr double rare_lost_time = 0.25;
-constexpr double rare_rate      = 1.0 / 32.0;
+constexpr double rare_rate      = 1.0 / 24.0;
 
 } // namespace
 

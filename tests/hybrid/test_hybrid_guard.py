@@ -57,8 +57,11 @@ def test_steps_down_when_copies_do_not_pay(run: Callable[..., Reply]) -> None:
     got = run(uniform(100), 64, **LOSES)
     check_used(got)
     steps = changes_of(got)
-    assert steps[:2] == [("full", "no-prefetch"), ("no-prefetch", "no-demand-copies")]
-    assert steps == DOWN[: len(steps)]
+    # There is no prefetch, so no level gives it up.
+    assert steps[:1] == [("full", "no-demand-copies")]
+    # Then down, and up again on trial; within 64 tokens never back to where layers wait for copies.
+    ways = [*DOWN[2:], *(way[::-1] for way in DOWN[2:])]
+    assert all(step in ways for step in steps[1:])
     guard = got.facts["state"]["guard"]
     assert guard["on"] and guard["level"] == steps[-1][1] and guard["n_changes"] == len(steps)
     first = events(got, "guard: full")[0]
