@@ -35,6 +35,13 @@ _f64p, _handle = ct.POINTER(ct.c_double), ct.c_void_p
 _message = (ct.c_char_p, ct.c_size_t)
 _PROTOTYPES: dict[str, tuple[object, tuple[object, ...]]] = {
     "hm_fit_costs": (ct.c_int, (_f64p, _f64p, ct.c_int32, ct.c_int32, ct.POINTER(_FitC), *_message)),
+    "hm_costs_link": (ct.c_int, (_handle, ct.c_int32, _f64p, _f64p, *_message)),
+    "hm_costs_expert_us": (
+        ct.c_int,
+        (_handle, ct.c_int32, ct.c_int32, ct.c_double, ct.c_int32, _f64p, *_message),
+    ),
+    "hm_costs_step_us": (ct.c_double, (_handle, ct.c_int32)),
+    "hm_costs_dram": (ct.c_double, (_handle,)),
 }
 
 
