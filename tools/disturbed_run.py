@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from hybrimoe.errors import HybrimoeError, as_script
 
 QUESTION = "Tell me a long story about a river, a bridge and the people who live beside it."
 N_CTX = 4096
+BUSY = "while True: pass"
 
 
 @dataclass
@@ -50,12 +50,6 @@ class Run:
     before: Stretch
     during: Stretch
     after: Stretch
-
-
-def busy(until: float) -> None:
-    """Keeps a processor busy."""
-    while time.monotonic() < until:
-        sum(range(10_000))
 
 
 def decode(engine: Any, seconds: float) -> Stretch:
@@ -87,13 +81,11 @@ def one_run(model: Path, options: argparse.Namespace, is_disturbed: bool) -> Run
         before = decode(engine, options.measure)
         processes = []
         if is_disturbed:
-            until = time.monotonic() + options.busy_seconds
-            processes = [multiprocessing.Process(target=busy, args=(until,)) for _ in range(options.busy_processes)]
-            for process in processes:
-                process.start()
+            processes = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(options.busy_processes)]
         during = decode(engine, options.busy_seconds)
         for process in processes:
-            process.join()
+            process.kill()
+            process.wait()
         decode(engine, options.settle)
         return Run(is_disturbed, before, during, decode(engine, options.measure))
 
