@@ -106,24 +106,24 @@ void governor::end_layer(const layer_event & event, const decision & made, const
             alone_us += costs_.t_cpu(event.layer, n, false);
         }
         const double bytes = costs_.of_layer(event.layer).bytes * static_cast<double>(s.loads[0].size());
-        keep({cpu_device, timing.cpu_begin_us, timing.cpu_begin_us + timing.cpu_us, bytes,
-              bytes / std::max(alone_us, 1e-3)});
+        s.cpu              = {cpu_device, timing.cpu_begin_us, timing.cpu_begin_us + timing.cpu_us, bytes,
+                              bytes / std::max(alone_us, 1e-3)};
+        keep(s.cpu);
     }
 }
 
 void governor::on_copy(int device, double bytes, double us, double now_us) {
     if (options_.live && us > 0.0) {
-        copies_.push_back({device, bytes, us, now_us});
-        keep({device, now_us - us, now_us, bytes, bytes / costs_.t_copy(device, bytes)});
+        copies_.push_back({device, now_us - us, now_us, bytes, bytes / costs_.t_copy(device, bytes)});
+        keep(copies_.back());
         link_end_us_[device] = now_us;
     }
 }
 
 // A layer and the copies that ended in it are looked at together: each slows the others down.
 void governor::settle() {
-    for (const copy_sample & c : copies_) {
-        const reading own = {c.device, c.now_us - c.us, c.now_us, c.bytes, c.bytes / costs_.t_copy(c.device, c.bytes)};
-        estimator_.observe_copy(c.device, c.bytes, c.us, c.now_us, beside(own));
+    for (const reading & c : copies_) {
+        estimator_.observe_copy(c.device, c.bytes, c.end_us - c.begin_us, c.end_us, beside(c));
     }
     copies_.clear();
     if (!sample_.is_new) {
@@ -133,12 +133,8 @@ void governor::settle() {
     const layer_timing & t = sample_.timing;
     const auto n_of        = [this](int device) { return static_cast<int>(sample_.loads[device + 1].size()); };
     if (t.is_complete && t.cpu_us >= 0.0 && n_of(cpu_device) > 0) {
-        reading own;
-        for (const reading & r : readings_) {
-            own = r.device == cpu_device && r.begin_us == t.cpu_begin_us ? r : own;
-        }
         estimator_.observe_cpu(sample_.layer, sample_.loads[0].data(), n_of(cpu_device), t.cpu_us, t.now_us,
-                               beside(own));
+                               beside(sample_.cpu));
     }
     for (int d = 0; t.is_complete && d < costs_.n_devices(); ++d) {
         if (n_of(d) > 0) {
@@ -300,29 +296,6 @@ bool governor::end_pass(bool is_decode, guard_change & change) {
     limits.admission     = level < static_cast<int>(guard_level::frozen);
     runtime_->set_limits(limits);
     return true;
-}
-
-std::vector<std::vector<int>> static_slots(const std::vector<std::vector<int>> & wanted,
-                                           const std::vector<double> & bytes, const std::vector<int> & n_expert) {
-    std::vector<std::vector<int>> out;
-    std::vector<bool> is_taken(bytes.size(), false);
-    for (const std::vector<int> & of_device : wanted) {
-        double budget = 0.0;
-        for (size_t layer = 0; layer < bytes.size(); ++layer) {
-            budget += bytes[layer] * of_device[layer];
-        }
-        std::vector<int> slots(bytes.size(), 0);
-        for (size_t layer = 0; layer < bytes.size(); ++layer) {
-            const double whole = bytes[layer] * n_expert[layer];
-            if (!is_taken[layer] && of_device[layer] > 0 && whole <= budget * (1.0 + 1e-12)) {
-                slots[layer]    = n_expert[layer];
-                is_taken[layer] = true;
-                budget -= whole;
-            }
-        }
-        out.push_back(std::move(slots));
-    }
-    return out;
 }
 
 } // namespace hybrimoe

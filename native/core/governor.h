@@ -57,11 +57,9 @@ public:
     // True when the runtime has got new costs.
     bool begin_layer(layer_event & event);
     void end_layer(const layer_event & event, const decision & made, const layer_timing & timing);
-    // A layer that the runtime did not plan: it belongs to the pass, and teaches nothing.
-    void skip_layer(double span_us) { pass_us_ += span_us; }
     void on_copy(int device, double bytes, double us, double now_us);
     // True when the guard's level changed; the runtime has its new limits. Slots are the caller's to lay out
-    // (static_slots), and what that takes is told to on_refill().
+    // (allocation/whole_layers.h), and what that takes is told to on_refill().
     bool end_pass(bool is_decode, guard_change & change);
     void on_refill(double us) { guard_.on_refill(us); }
 
@@ -93,15 +91,12 @@ private:
     struct layer_sample { // what end_layer() was told
         bool is_new = false;
         layer_timing timing;
+        reading cpu; // the CPU's batch, where it has one
         int layer = 0;
         std::vector<int32_t> loads[max_devices + 1]; // of the CPU's experts, then of each device's without copies
         bool is_tried = false;
         resource tried;
         double price_us = 0.0;
-    };
-    struct copy_sample {
-        int device;
-        double bytes, us, now_us;
     };
     void keep(const reading & one);
     memory_share beside(const reading & own) const;
@@ -124,7 +119,7 @@ private:
     // Moving averages: the share of layers far slower than planned, and of the time that those with copies lost by it.
     double rare_ = 0.0, lost_in_copies_ = 0.0;
     layer_sample sample_;
-    std::vector<copy_sample> copies_;
+    std::vector<reading> copies_; // that ended since settle()
     reading readings_[n_readings];
     size_t next_reading_ = 0;
     double link_end_us_[max_devices]{}; // of the last copy that ended
@@ -132,11 +127,5 @@ private:
     double pass_us_ = 0.0, overhead_us_ = 0.0, price_us_ = 0.0;
     double floor_us_ = 0.0, last_overhead_us_ = 0.0, last_pass_us_ = 0.0;
 };
-
-// Slots of each layer [n_layers] that hold whole layers, the first ones that a device's memory takes. `wanted`:
-// [n_devices, n_layers] slots of the cache that is given up; `bytes` and `n_expert`: of one expert and of all, per
-// layer.
-std::vector<std::vector<int>> static_slots(const std::vector<std::vector<int>> & wanted,
-                                           const std::vector<double> & bytes, const std::vector<int> & n_expert);
 
 } // namespace hybrimoe

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from core.conftest import real_trace_path
 
 COMMAND = [sys.executable, "-m", "hybrimoe.cli.main"]
 
@@ -95,3 +97,21 @@ def dense_header(tmp_path: Path) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+DEMO_TRACE = Path(__file__).parents[1] / "trace" / "demo.trace"
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    """A copy of the demo model's recording."""
+    return Path(shutil.copy(DEMO_TRACE, tmp_path / "demo.trace"))
+
+
+@pytest.fixture
+def deepseek(call: Callable[..., Outcome], tmp_path: Path) -> Path:
+    """DeepSeek's trace, imported without the bytes of an expert; a skip where there is none."""
+    output = tmp_path / "ds.trace"
+    source = real_trace_path("deepseek-v2-lite")
+    assert call("trace", "import", str(source), "-o", str(output)).code == 0
+    return output

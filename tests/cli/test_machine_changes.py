@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,18 +11,11 @@ from typing import Any
 import pytest
 from core.conftest import core_library  # noqa: F401
 
-FIXTURE = Path(__file__).parents[1] / "trace" / "demo.trace"
 Call = Callable[..., Any]
 CHANGES: dict[str, Any] = {
     "profile": "rtx3060-pcie4-ddr4",
     "phases": [{"from_token": 0}, {"from_token": 100, "link": 20}, {"from_token": 160}],
 }
-
-
-@pytest.fixture
-def trace(tmp_path: Path) -> Path:
-    """The recording of the demo model, in a folder of its own."""
-    return Path(shutil.copy(FIXTURE, tmp_path / "demo.trace"))
 
 
 @pytest.fixture
@@ -108,13 +99,15 @@ def test_a_trace_without_scores(call: Call, trace: Path, changes: Path, tmp_path
         (("{trace}", "--prefetch", "impact"), 2, "--prefetch impact needs look-ahead"),
         (("{trace}", "--tokens", "0"), 2, "invalid value for '--tokens'"),
         (("absent.trace",), 3, "no such trace"),
-        (("{trace}", "-o", "/nonexistent/x.txt"), 1, "cannot write"),
+        (("{trace}", "-o", "{folder}/missing/x.txt"), 1, "cannot write"),
     ],
 )
 def test_bad_command_lines(
     call: Call, trace: Path, changes: Path, arguments: tuple[str, ...], code: int, message: str
 ) -> None:
-    outcome = call("simulate", "--machine-changes", str(changes), *(a.format(trace=trace) for a in arguments))
+    outcome = call(
+        "simulate", "--machine-changes", str(changes), *(a.format(trace=trace, folder=trace.parent) for a in arguments)
+    )
     if code == 2 or "absent" in arguments[0]:
         outcome.assert_two_lines(code)
     assert outcome.code == code and message in outcome.err and "Traceback" not in outcome.err
@@ -138,12 +131,7 @@ def test_bad_files(call: Call, trace: Path, changes: Path) -> None:
     assert "--tokens is of no use without --machine-changes" in outcome.err
 
 
-def test_a_trace_that_does_not_know_its_bytes(call: Call, changes: Path, tmp_path: Path) -> None:
-    folder = os.environ.get("HYBRIMOE_TRACES")
-    if not folder:
-        pytest.skip("HYBRIMOE_TRACES is not set: no traces of real models here")
-    output = tmp_path / "ds.trace"
-    assert call("trace", "import", str(Path(folder) / "deepseek-v2-lite.npz"), "-o", str(output)).code == 0
-    outcome = call("simulate", str(output), "--machine-changes", str(changes))
+def test_a_trace_that_does_not_know_its_bytes(call: Call, changes: Path, deepseek: Path) -> None:
+    outcome = call("simulate", str(deepseek), "--machine-changes", str(changes))
     outcome.assert_two_lines(2)
     assert "import it with --expert-bytes" in outcome.err

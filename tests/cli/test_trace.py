@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,24 +12,7 @@ from typing import Any
 import pytest
 from core.conftest import core_library  # noqa: F401
 
-FIXTURE = Path(__file__).parents[1] / "trace" / "demo.trace"
 Call = Callable[..., Any]
-
-
-@pytest.fixture
-def trace(tmp_path: Path) -> Path:
-    """The recording of the demo model, in a folder of its own."""
-    return Path(shutil.copy(FIXTURE, tmp_path / "demo.trace"))
-
-
-@pytest.fixture
-def deepseek(call: Call, tmp_path: Path) -> Path:
-    folder = os.environ.get("HYBRIMOE_TRACES")
-    if not folder:
-        pytest.skip("HYBRIMOE_TRACES is not set: no traces of real models here")
-    output = tmp_path / "ds.trace"
-    assert call("trace", "import", str(Path(folder) / "deepseek-v2-lite.npz"), "-o", str(output)).code == 0
-    return output
 
 
 def test_the_documented_example(call: Call, deepseek: Path) -> None:

@@ -59,15 +59,20 @@ def read_trace(path: Path, n_prompts: int | None = None) -> Trace:
     return trace if n_prompts is None else trace.head(n_prompts)
 
 
-def real_trace(name: str, n_prompts: int | None = None) -> Trace:
-    """A trace of a real model, or a skip that says why."""
+def real_trace_path(name: str) -> Path:
+    """The file of a real model's trace, or a skip that says why."""
     folder = os.environ.get("HYBRIMOE_TRACES")
     if not folder:
         pytest.skip("HYBRIMOE_TRACES is not set: no traces of real models here")
     path = Path(folder) / f"{name}.npz"
     if not path.is_file():
         pytest.skip(f"HYBRIMOE_TRACES has no {path.name}")
-    return read_trace(path, n_prompts)
+    return path
+
+
+def real_trace(name: str, n_prompts: int | None = None) -> Trace:
+    """A trace of a real model, or a skip that says why."""
+    return read_trace(real_trace_path(name), n_prompts)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from closed_loop_matrix import MACHINE, TRACES, Cell, cells, read_trace
+from core.conftest import real_trace_path
 
 from hybrimoe.errors import UsageError
 from hybrimoe.native.core import CPU, Costs
@@ -293,24 +293,14 @@ def broken_bounds(found: list[Cell]) -> str:
     return "\n".join([f"{n_broken} of {len(found)} runs break a bound", *lines]) if lines else ""
 
 
-def trace_file(name: str) -> Path:
-    folder = os.environ.get("HYBRIMOE_TRACES")
-    if not folder:
-        pytest.skip("HYBRIMOE_TRACES is not set: no traces of real models here")
-    path = Path(folder) / f"{name}.npz"
-    if not path.is_file():
-        pytest.skip(f"HYBRIMOE_TRACES has no {path.name}")
-    return path
-
-
 def test_disturbances_are_got_over() -> None:
-    broken = broken_bounds(list(cells(trace_file("deepseek-v2-lite"), n_devices=(1,), shares=(0.5,))))
+    broken = broken_bounds(list(cells(real_trace_path("deepseek-v2-lite"), n_devices=(1,), shares=(0.5,))))
     assert not broken, broken
 
 
 @pytest.mark.slow
 def test_disturbances_are_got_over_everywhere() -> None:
-    broken = broken_bounds([cell for name in TRACES for cell in cells(trace_file(name))])
+    broken = broken_bounds([cell for name in TRACES for cell in cells(real_trace_path(name))])
     assert not broken, broken
 
 
@@ -318,7 +308,7 @@ def test_disturbances_are_got_over_everywhere() -> None:
 
 
 def virtual_card(name: str, demo: Loaded, changes: MachineChanges, share: float, n_tokens: int) -> ClosedLoop:
-    trace, model = (demo.core, demo.trace.model) if name == "demo" else read_trace(trace_file(name))
+    trace, model = (demo.core, demo.trace.model) if name == "demo" else read_trace(real_trace_path(name))
     policy = "ema:alpha=0.1" if trace.weights is None else "mrs"
     return run_closed_loop(trace, model, changes, int(share * trace.n_expert), n_tokens=n_tokens, policy=policy)
 

@@ -32,8 +32,8 @@ public:
     // Per layer the experts that accelerators hold, the best first.
     std::vector<std::vector<int32_t>> residents() const;
 
-    // Set-up, in this order. False: there is no device that can be used (and why not: empty
-    // where there is none at all), or no memory for a single slot.
+    // Set-up, in this order. False: no device can be used (`why_not` says why; empty on a machine without one), or no
+    // device has memory for a single slot.
     bool open(std::string & why_not);
     bool make_slots();
     void pin_experts(); // registers each layer's tensors; the kernel pins whole pages

@@ -1,6 +1,6 @@
 // Experts on GPU and CPU together. Learns the layers in the first pass, sets the parts up before the second one, then
 // has every block planned and shared, and looks after guard, costs and memory between passes. Owns all the parts, the
-// runtime, and the mutex that guards them against whoever asks for facts.
+// runtime, and the mutex that protects them while another thread asks for facts.
 //
 // A block runs as: prepare (calling thread) -> look_ahead, route (inside the team) -> CPU pairs -> finish.
 #pragma once

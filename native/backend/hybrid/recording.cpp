@@ -164,7 +164,7 @@ void recording::on_planned(const layer_event & event, const decision & made, dou
     if (!is_on()) {
         return;
     }
-    if (made.is_tried) { // a fact of its own: whether to try depends on the clock
+    if (made.is_tried) { // recorded apart: a replay cannot know it, since it depends on the clock
         recorder_->add(trace_kind::trial, now_us, event.layer, 0, static_cast<int>(event.trial.what.kind),
                        event.trial.what.device);
     }

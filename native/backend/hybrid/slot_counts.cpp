@@ -1,5 +1,7 @@
 #include "hybrid/slot_counts.h"
 
+#include "core/allocation/whole_layers.h"
+
 #include "accelerator/device_compute.h"
 #include "hybrid/accelerator.h"
 
@@ -10,8 +12,6 @@
 namespace hybrimoe {
 
 namespace {
-
-constexpr double rounding = 1e-9; // a share of the layers' bytes must hold that share of the layers
 
 bool may_cache(const common & shared, const device_port & port, int layer) {
     return shared.book.layer(layer).llama_layer >= shared.config.n_cpu_layers &&
@@ -103,16 +103,13 @@ double free_for_slots(const common & shared, const device_port & port) {
 } // namespace
 
 std::vector<int> whole_layers(const layer_book & book, double budget, const std::vector<bool> & may_take) {
-    std::vector<int> slots(static_cast<size_t>(book.n_layers()), 0);
+    std::vector<double> expert_bytes;
+    std::vector<int> n_expert;
     for (int layer = 0; layer < book.n_layers(); layer++) {
-        const expert_layout & layout = book.layer(layer).layout;
-        const double bytes           = static_cast<double>(layout.expert_bytes()) * layout.n_expert;
-        if (may_take[static_cast<size_t>(layer)] && bytes <= budget * (1.0 + rounding)) {
-            slots[static_cast<size_t>(layer)] = layout.n_expert;
-            budget -= bytes;
-        }
+        expert_bytes.push_back(static_cast<double>(book.layer(layer).layout.expert_bytes()));
+        n_expert.push_back(static_cast<int>(book.layer(layer).layout.n_expert));
     }
-    return slots;
+    return whole_layers(budget, expert_bytes, n_expert, may_take);
 }
 
 slot_table count_slots(const common & shared, const std::vector<const device_port *> & devices) {

@@ -123,8 +123,7 @@ status replay_event(hm_runtime & handle, const hm_event & e, const hm_event_arra
         const bool on_cpu = e.a == static_cast<int32_t>(resource_kind::cpu);
         if (e.a < 0 || e.a > static_cast<int32_t>(resource_kind::link) ||
             (!on_cpu && (e.b < 0 || e.b >= rt.costs().n_devices()))) {
-            return status::fail(error_code::invalid_argument, "trial of resource %d, device %d: there is none", e.a,
-                                e.b);
+            return status::fail(error_code::invalid_argument, "trial: there is no resource %d on device %d", e.a, e.b);
         }
         handle.trial.wanted    = true;
         handle.trial.what      = {static_cast<resource_kind>(e.a), on_cpu ? cpu_device : e.b};

@@ -2,8 +2,8 @@
 //
 // Lasting costs (cost_channel) move slowly or after a step that has lasted, so a burst of waits leaves them alone.
 // Until then plans must not run into the same slow resource layer after layer: three samples in a row that are far off
-// set this factor, three that are not take it away again. It is provisional, so whoever plans with it keeps trying the
-// resource (trials.h).
+// set this factor, three that are not remove it. It is provisional, so the resource is tried again and again meanwhile
+// (trials.h).
 #pragma once
 
 #include <cstdint>

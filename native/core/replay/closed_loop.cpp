@@ -1,5 +1,6 @@
 #include "closed_loop.h"
 
+#include "../allocation/whole_layers.h"
 #include "virtual_machine.h"
 
 #include <algorithm>

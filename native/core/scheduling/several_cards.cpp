@@ -133,7 +133,7 @@ void assign_several_cards(const priced_problem & p, assignment & device_of) {
             us = trial_us;
         }
     }
-    // Where cards are equally late, no single move gains: all on the CPU is a start of its own.
+    // Where cards are equally late, no single move gains: so all on the CPU is tried as another start.
     std::fill(trial, trial + p.n_items, static_cast<int8_t>(cpu_device));
     const double cpu_us = makespan(p, trial);
     if (clearly_less(cpu_us, us)) {

@@ -51,7 +51,7 @@ cost_estimator make_estimator(const cost_model & m) {
 // Passes of a few milliseconds, as a decoded token takes. A step must last 25 ms and 4 passes.
 constexpr double pass_us = 2500.0;
 
-// As whoever plans with the costs does it, before each layer.
+// As the governor does it before each layer.
 void take_over(cost_estimator & e, cost_model & costs) {
     if (e.moved()) {
         CHECK_OK(e.apply(costs));

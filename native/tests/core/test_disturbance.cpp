@@ -94,7 +94,7 @@ void test_lasting_costs_take_over() {
     check_factor(d, 10.0);
 }
 
-// Noise alone is no disturbance, and one sample in a hundred that waits is none either.
+// Neither noise alone nor one waiting sample in a hundred is a disturbance.
 void test_noise_is_none() {
     std::mt19937_64 random(3);
     std::normal_distribution<double> gauss(0.0, residual);

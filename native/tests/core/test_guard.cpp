@@ -346,7 +346,7 @@ void test_up_again_after_a_loss() {
     }
 }
 
-// Whoever leaves the static layers fills all slots, and once more on the way back: that is paid by a share of the time.
+// Leaving the static layers fills all slots, and so does the way back: a share of the time pays for both.
 void test_refill_makes_the_pause_longer() {
     guard g(small());
     guard_change change;
