@@ -24,6 +24,10 @@ HYBRIMOE_API const char * hybrimoe_version(void);
 // the interface (hybrimoe_check_ggml).
 HYBRIMOE_API const char * hybrimoe_ggml_version(void);
 
+// What the plug-in was compiled to expect of ggml, as one JSON object: the backend APIs it speaks, numbers of operations
+// and types, places in a tensor. Two plug-ins with equal texts fit the same releases.
+HYBRIMOE_API const char * hybrimoe_ggml_interface(void);
+
 // Binds the plug-in to the ggml that is found through `library`, a handle of dlopen() whose library is, or depends on,
 // libggml (NULL: wherever the process has it), and compares what ggml says of its operations, types, structures and
 // tables with what the plug-in was compiled with. Returns why that ggml cannot be used, or NULL when it can. The first

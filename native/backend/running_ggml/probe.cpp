@@ -1,8 +1,9 @@
-#include "probe.h"
+#include "running_ggml/probe.h"
 
 #include "cpu_executor.h"
+#include "json_text.h"
 #include "kernels/moe_kernels.h"
-#include "tables.h"
+#include "running_ggml/tables.h"
 
 #include <cstdint>
 #include <cstring>
@@ -214,6 +215,32 @@ const ggml_facts & compiled_facts() {
         return made;
     }();
     return facts;
+}
+
+std::string describe(const ggml_facts & facts) {
+    const auto numbers = [](const std::vector<named_number> & some) {
+        nlohmann::ordered_json made;
+        for (const named_number & one : some) {
+            made[one.name] = one.number;
+        }
+        return made;
+    };
+    const tensor_layout & at = facts.tensor;
+    nlohmann::ordered_json types;
+    for (const named_type & one : facts.types) {
+        types[one.name] = {one.number, one.block_values, one.block_bytes};
+    }
+    const nlohmann::ordered_json text = {
+        {"backend_api", {tables::oldest_api, tables::newest_api}},
+        {"ops", numbers(facts.ops)},
+        {"unary_ops", numbers(facts.unary_ops)},
+        {"glu_ops", numbers(facts.glu_ops)},
+        {"types", types},
+        {"tensor",
+         {at.size, at.type, at.buffer, at.ne, at.nb, at.op, at.op_params, at.src, at.view_src, at.view_offs, at.data,
+          at.name}},
+    };
+    return text.dump();
 }
 
 int running_api_version() {

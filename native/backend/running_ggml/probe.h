@@ -35,6 +35,9 @@ struct ggml_facts {
 // What this plug-in was compiled with.
 const ggml_facts & compiled_facts();
 
+// `facts` and the backend APIs that the plug-in speaks, as JSON: equal texts mean that two plug-ins fit the same ggml.
+std::string describe(const ggml_facts & facts);
+
 // The backend API that the running ggml speaks, as its CPU backend says; 0: it has no CPU backend (yet).
 int running_api_version();
 
