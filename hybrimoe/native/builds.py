@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hybrimoe.errors import HybrimoeError, PluginError, UsageError
-from hybrimoe.native.locate import installed_library
 from hybrimoe.native.plugin import LIBRARY_NAME, library_path
 
 __all__ = ["Build", "Fit", "build_plugin", "builds", "builds_folder", "known_programs", "packaged", "which_fits"]
@@ -99,34 +98,41 @@ def build_plugin(llama_cpp: Path, on_share: Callable[[float], None] = lambda sha
     """
     headers = _find_headers(llama_cpp)
     cmake = _tool("cmake", "pip install cmake")
-    source = installed_library("x").parent.parent / "plugin_source"
-    if not (source / "CMakeLists.txt").is_file():
-        raise PluginError("the plug-in's sources are not installed", "reinstall the package")
+    source = _installed_source()
     folder = builds_folder()
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as scratch:
-        include = Path(scratch) / "include"
-        _collect_headers(headers, source / "third_party", _version_of(headers, llama_cpp), include)
-        made = _compile(cmake, source, include, Path(scratch) / "build", folder / "build.log", on_share)
-        built = _read(made, str(llama_cpp.resolve()))
+        include, build = Path(scratch) / "include", Path(scratch) / "build"
+        version = _version_of(headers, llama_cpp)
+        _collect_headers(headers, source / "third_party", version, include)
+        compiler = _Compiler(cmake, build, folder / "build.log", on_share)
+        compiler.configure(source, include)
+        interface = _short(compiler.run_made("ggml-interface"))
         own = packaged()
-        if (built.interface, built.version) == (own.interface, own.version):
+        if interface == own.interface:
             return own
-        return _keep(built, folder / f"ggml-{built.ggml}-{built.interface}", Path(scratch))
+        made = compiler.make("ggml-hybrimoe", LIBRARY_NAME)
+        target = folder / f"ggml-{version}-{interface}"
+        built = Build(target / LIBRARY_NAME, own.version, version, interface, str(llama_cpp.resolve()))
+        _keep(made, built, Path(scratch))
+        return built
 
 
-def _keep(built: Build, target: Path, scratch: Path) -> Build:
-    """Puts a build where it is found, in place of one like it."""
-    ready = scratch / "ready"
+def _keep(library: Path, built: Build, scratch: Path) -> None:
+    """Puts a library where `built` says, in place of what is there. Raises PluginError when it cannot be loaded."""
+    _read(library, built.source)
+    ready, target = scratch / "ready", built.path.parent
     ready.mkdir()
-    shutil.copy(built.path, ready / LIBRARY_NAME)
-    kept = Build(target / LIBRARY_NAME, built.version, built.ggml, built.interface, built.source)
-    facts = {name: value for name, value in kept.to_dict().items() if name != "path"}
+    shutil.copy(library, ready / LIBRARY_NAME)
+    facts = {name: value for name, value in built.to_dict().items() if name != "path"}
     (ready / _FACTS).write_text(json.dumps(facts, indent=1) + "\n")
     if target.exists():
         target.rename(scratch / "replaced")  # goes with `scratch`; a host that has it loaded keeps its file
     ready.rename(target)
-    return kept
+
+
+def _short(interface: str) -> str:
+    return hashlib.sha256(interface.strip().encode()).hexdigest()[:8]
 
 
 def _read(path: Path, source: str) -> Build:
@@ -139,8 +145,16 @@ def _read(path: Path, source: str) -> Build:
             texts.append(function().decode())
     except (OSError, AttributeError) as error:
         raise PluginError(f"the plug-in {path} cannot be loaded: {error}", "reinstall the package") from None
-    interface = hashlib.sha256(texts[2].encode()).hexdigest()[:8]
-    return Build(path, texts[0], texts[1], interface, source)
+    return Build(path, texts[0], texts[1], _short(texts[2]), source)
+
+
+def _installed_source() -> Path:
+    import hybrimoe
+
+    for folder in hybrimoe.__path__:
+        if (Path(folder) / "plugin_source" / "CMakeLists.txt").is_file():
+            return Path(folder) / "plugin_source"
+    raise PluginError("the plug-in's sources are not installed", "reinstall the package")
 
 
 def _find_headers(folder: Path) -> Path:
@@ -185,29 +199,45 @@ def _tool(name: str, how: str) -> str:
     return found
 
 
-def _compile(
-    cmake: str, source: Path, include: Path, build: Path, log: Path, on_share: Callable[[float], None]
-) -> Path:
-    """The library. Raises PluginError with the compiler's first error; all that it said is in `log` then."""
-    if not (os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
-        raise PluginError("a C++ compiler is needed to compile the plug-in", "apt install g++")
-    configure = [cmake, "-S", str(source), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release"]
-    configure += [f"-DHYBRIMOE_GGML_INCLUDE={include}", f"-DSKBUILD_PROJECT_VERSION={packaged().version}"]
-    make = [cmake, "--build", str(build), "--target", "ggml-hybrimoe", "-j", str(os.cpu_count() or 2)]
-    said: list[str] = []
-    for command in (configure, make):
+class _Compiler:
+    """cmake in the folder `build`; when a step fails, all that was said goes to `log`."""
+
+    def __init__(self, cmake: str, build: Path, log: Path, on_share: Callable[[float], None]) -> None:
+        self._cmake = cmake
+        self._build = build
+        self._log = log
+        self._on_share = on_share
+
+    def configure(self, source: Path, include: Path) -> None:
+        if not (os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
+            raise PluginError("a C++ compiler is needed to compile the plug-in", "apt install g++")
+        command = [self._cmake, "-S", str(source), "-B", str(self._build), "-DCMAKE_BUILD_TYPE=Release"]
+        command += [f"-DHYBRIMOE_GGML_INCLUDE={include}", f"-DSKBUILD_PROJECT_VERSION={packaged().version}"]
+        self._run(command)
+
+    def make(self, target: str, name: str) -> Path:
+        """Builds a target; returns its file. Raises PluginError with the compiler's first error."""
+        self._run([self._cmake, "--build", str(self._build), "--target", target, "-j", str(os.cpu_count() or 2)])
+        return next(self._build.glob(f"**/{name}"))
+
+    def run_made(self, target: str) -> str:
+        """What a program that is built here prints."""
+        program = self.make(target, target)
+        return subprocess.run([str(program)], stdout=subprocess.PIPE, text=True, check=True).stdout
+
+    def _run(self, command: list[str]) -> None:
+        said: list[str] = []
         with subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         ) as process:
             for line in process.stdout or ():
                 said.append(line)
                 if step := _STEP.match(line):
-                    on_share(int(step[3]) / 100 if step[3] else int(step[1]) / int(step[2]))
+                    self._on_share(int(step[3]) / 100 if step[3] else int(step[1]) / int(step[2]))
         if process.returncode != 0:
-            log.write_text("".join(said))
+            self._log.write_text("".join(said))
             first = next((line.strip() for line in said if " error: " in line or "CMake Error" in line), "see the log")
-            raise PluginError(f"the plug-in does not compile with these headers: {first}", f"less '{log}'")
-    return next(build.glob(f"**/{LIBRARY_NAME}"))
+            raise PluginError(f"the plug-in does not compile with these headers: {first}", f"less '{self._log}'")
 
 
 def known_programs() -> Iterator[Path]:

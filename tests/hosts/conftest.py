@@ -106,14 +106,23 @@ def ask(port: int, method: str, path: str, body: Mapping[str, Any] | None = None
         connection.close()
 
 
-def greedy(port: int, prompts: Sequence[str], n_tokens: int = 24) -> list[list[int]]:
-    """The tokens of each prompt's most likely continuation."""
+@dataclass(frozen=True)
+class Step:
+    """One generated token, and the logarithms of the probabilities of those that were nearest to be chosen."""
+
+    token: int
+    nearest: Mapping[int, float]
+
+
+def greedy(port: int, prompts: Sequence[str], n_tokens: int = 24) -> list[list[Step]]:
+    """Each prompt's most likely continuation."""
     found = []
     for prompt in prompts:
-        body = {"prompt": prompt, "n_predict": n_tokens, "temperature": 0, "return_tokens": True, "ignore_eos": True}
+        body = {"prompt": prompt, "n_predict": n_tokens, "temperature": 0, "ignore_eos": True, "n_probs": 5}
         status, answer = ask(port, "POST", "/completion", body)
         assert status == 200, answer
-        found.append([int(token) for token in answer["tokens"]])
+        steps = answer["completion_probabilities"]
+        found.append([Step(s["id"], {t["id"]: t["logprob"] for t in s["top_logprobs"]}) for s in steps])
     return found
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import EXPERTS, Host, greedy
+from .conftest import EXPERTS, Host, Step, greedy
 
 pytestmark = pytest.mark.hosts
 
@@ -18,7 +18,7 @@ ARCHITECTURES = [
     "llama4", "top1", "nemotron-h",
 ]  # fmt: skip
 PROMPTS = ("The quick brown fox", "a", "Once upon a time there was a river. " * 12)
-COMMON = ("-c", "512", "-t", "2", "--no-repack", "-np", "1")
+COMMON = ("-c", "512", "-t", "2", "--no-repack", "-np", "1", "-v")
 STAND_IN = {"devices": ["CPU"], "expert_cache": 4, "guard": False, "schedule": "gpu-only"}
 
 
@@ -28,12 +28,25 @@ def host(request: pytest.FixtureRequest) -> Host:
     return found
 
 
-def tokens(host: Host, model: Path, log: Path, settings: dict[str, object] | None, *more: str) -> list[list[int]]:
-    """Greedy tokens of a server of `host`; `settings` None: without the plug-in."""
+def answers(host: Host, model: Path, log: Path, settings: dict[str, object] | None, *more: str) -> list[list[Step]]:
+    """Greedy answers of a server of `host`; `settings` None: without the plug-in."""
     environment = host.environment(settings is not None, settings, HYBRIMOE_CPU="ggml")
     ours = () if settings is None else ("-ot", EXPERTS)
     with host.server(model, *COMMON, *ours, *more, environment=environment, log=log) as port:
         return greedy(port, PROMPTS)
+
+
+def tokens(some: list[list[Step]]) -> list[list[int]]:
+    return [[step.token for step in answer] for answer in some]
+
+
+def check_near(ours: list[list[Step]], plain: list[list[Step]]) -> None:
+    """Where an answer leaves the other's path, both tokens were about as likely: another order of additions."""
+    for mine, other in zip(ours, plain, strict=True):
+        for a, b in zip(mine, other, strict=True):
+            if a.token != b.token:
+                assert b.nearest[b.token] - b.nearest.get(a.token, -99.0) < 0.02
+                break
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -41,10 +54,10 @@ def test_greedy_tokens_are_those_of_the_program_alone(
     host: Host, tiny_model: Callable[..., Path], tmp_path: Path, arch: str
 ) -> None:
     model, log = tiny_model(arch, "Q8_0"), tmp_path / "log"
-    plain = tokens(host, model, tmp_path / "plain", None)
-    assert tokens(host, model, log, {}) == plain
+    plain = answers(host, model, tmp_path / "plain", None)
+    assert tokens(answers(host, model, log, {})) == tokens(plain)
     assert "HybriMoE model buffer size" in log.read_text(errors="replace")
-    assert tokens(host, model, log, STAND_IN) == plain
+    check_near(answers(host, model, log, STAND_IN), plain)
 
 
 def test_parallel_clients(host: Host, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
@@ -56,8 +69,8 @@ def test_parallel_clients(host: Host, tiny_model: Callable[..., Path], tmp_path:
         host.server(model, *arguments, environment=environment, log=tmp_path / "log") as port,
         ThreadPoolExecutor(4) as pool,
     ):
-        answers = list(pool.map(lambda i: greedy(port, [f"{i} " + PROMPTS[2]], 32), range(4)))
-    assert [len(answer[0]) for answer in answers] == [32] * 4
+        found = list(pool.map(lambda i: greedy(port, [f"{i} " + PROMPTS[2]], 32), range(4)))
+    assert [len(answer[0]) for answer in found] == [32] * 4
 
 
 def perplexity(host: Host, model: Path, text: Path, settings: dict[str, object] | None, cpu: str) -> str:
