@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import EXPERTS, Host, Step, greedy
+from .conftest import EXPERTS, Host, Step, ask, greedy
 
 pytestmark = pytest.mark.hosts
 
@@ -45,7 +45,7 @@ def check_near(ours: list[list[Step]], plain: list[list[Step]]) -> None:
     for mine, other in zip(ours, plain, strict=True):
         for a, b in zip(mine, other, strict=True):
             if a.token != b.token:
-                assert b.nearest[b.token] - b.nearest.get(a.token, -99.0) < 0.02
+                assert b.nearest[b.token] - b.nearest.get(a.token, -99.0) < 0.05, (a, b)
                 break
 
 
@@ -69,8 +69,9 @@ def test_parallel_clients(host: Host, tiny_model: Callable[..., Path], tmp_path:
         host.server(model, *arguments, environment=environment, log=tmp_path / "log") as port,
         ThreadPoolExecutor(4) as pool,
     ):
-        found = list(pool.map(lambda i: greedy(port, [f"{i} " + PROMPTS[2]], 32), range(4)))
-    assert [len(answer[0]) for answer in found] == [32] * 4
+        bodies = [{"prompt": f"{i} " + PROMPTS[2], "n_predict": 32, "ignore_eos": True} for i in range(4)]
+        found = list(pool.map(lambda body: ask(port, "POST", "/completion", body), bodies))
+    assert [(status, answer["tokens_predicted"]) for status, answer in found] == [(200, 32)] * 4
 
 
 def perplexity(host: Host, model: Path, text: Path, settings: dict[str, object] | None, cpu: str) -> str:
