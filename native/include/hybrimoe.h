@@ -43,9 +43,8 @@ HYBRIMOE_API const char * hybrimoe_check_ggml(void * library);
 //   "n_cpu_layers"      the first layers that have no slots
 //   "cache_policy", "schedule", "prefetch", "admission"   policies of the core, "name" or "name:param=value,..."
 //   "guard", "live_costs", "pin_experts", "log_to_stderr" true or false
-//   "reproducible"      true: experts stay where set-up put them, whole layers at a time, and nothing is copied while
-//   the
-//                       model runs; policies, "guard", "live_costs", "costs" and "state_path" have no effect then
+//   "reproducible"      true: whole layers stay where set-up put them, and nothing is copied while the model runs;
+//                       policies, "guard", "live_costs", "costs" and "state_path" have no effect then
 //   "costs"             null (measured at the start), the cost section of a calibration, or for every expert alike
 //                       {"cpu_us", "cpu_first_us", "gpu_us", "copy_us"}
 //   "pin_threads"       processors of the CPU kernels' threads: thread i on pin_threads[i], the first one free
