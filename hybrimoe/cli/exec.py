@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 from hybrimoe.cli.console import note
 from hybrimoe.cli.flags import EXPERT_OPTIONS, MODEL_OPTIONS, OUTPUT
 from hybrimoe.config import Option, Settings
-from hybrimoe.errors import UsageError, from_os_error
+from hybrimoe.errors import ModelError, UsageError, from_os_error
 
 if TYPE_CHECKING:
     from hybrimoe.engine import EngineOptions
-    from hybrimoe.hosts.launch import Host, Launch
+    from hybrimoe.hosts.host import Host
+    from hybrimoe.hosts.launch import Launch
     from hybrimoe.hosts.models import Models
 
 
@@ -62,8 +63,9 @@ def execute(settings: Settings, command: list[str]) -> None:
 
 
 def _launch(settings: Settings, command: list[str], environment: dict[str, str]) -> Launch:
-    from hybrimoe.hosts.launch import Launch, make_launch, open_host
-    from hybrimoe.hosts.models import find_models
+    from hybrimoe.hosts.host import open_host, shared_models
+    from hybrimoe.hosts.launch import Launch, make_launch
+    from hybrimoe.hosts.models import Models, find_models
     from hybrimoe.native.plugin import library_path
 
     plugin = library_path().absolute()
@@ -72,8 +74,14 @@ def _launch(settings: Settings, command: list[str], environment: dict[str, str])
     as_it_is = Launch(host.path, tuple(command))
     if host.only_informs:
         return as_it_is
-    models = find_models(host.arguments, host.environment, several=host.takes_several)
     kind = host.program.kind
+    try:
+        found = find_models(host.arguments, host.environment, several=host.takes_several)
+    except ModelError:
+        if kind is not None:
+            raise
+        found = Models()  # a script may change the folder, or the model
+    models = shared_models(host, found)
     if kind is not None and not kind.routes and not models.main:
         raise UsageError(f"the arguments of {kind.name} name no model", f"hybrimoe exec -- {kind.name} -m model.gguf")
     if models.main and not models.with_experts:
@@ -81,14 +89,14 @@ def _launch(settings: Settings, command: list[str], environment: dict[str, str])
         text = f"{names} has no experts, nothing to share: {host.program.name} starts as it is"
         return replace(as_it_is, notes=(text,))
     options = _options(settings, host, models)
-    return make_launch(host, models, options, host.arguments, plugin)
+    return make_launch(host, models, options, plugin)
 
 
 def _options(settings: Settings, host: Host, models: Models) -> EngineOptions:
     """Settings of the plug-in as our own commands would choose them for the model."""
     from hybrimoe.cli.loading import expert_options, with_starting_costs
     from hybrimoe.cpu_threads import with_best_threads
-    from hybrimoe.hosts.launch import host_options, on_these_devices
+    from hybrimoe.hosts.host import host_options, on_these_devices
     from hybrimoe.llama_log import llama_log
     from hybrimoe.placement import Placement
 

@@ -45,6 +45,7 @@ FIT = Flag(("-fit", "--fit"), ("LLAMA_ARG_FIT",))
 FIT_TARGET = Flag(("-fitt", "--fit-target"), ("LLAMA_ARG_FIT_TARGET",))
 FIT_CTX = Flag(("-fitc", "--fit-ctx"), ("LLAMA_ARG_FIT_CTX",))
 MOE_CACHE = Flag(("--moe-cache-mib",), ("LLAMA_ARG_MOE_CACHE_MIB",))
+CTX_SIZE = Flag(("-c", "--ctx-size"), ("LLAMA_ARG_CTX_SIZE",))
 THREADS = Flag(("-t", "--threads"), ("LLAMA_ARG_THREADS",))
 THREADS_BATCH = Flag(("-tb", "--threads-batch"))
 BATCH = Flag(("-b", "--batch-size"), ("LLAMA_ARG_BATCH",))
@@ -128,7 +129,9 @@ class Arguments:
         try:
             return int(text)
         except ValueError:
-            raise UsageError(f"{self.spelling(flag)}: '{text}' is no whole number") from None
+            raise UsageError(
+                f"{self.spelling(flag)}: '{text}' is no whole number", "one number holds for the whole run"
+            ) from None
 
     def without(self, *flags: Flag) -> Arguments:
         names = {name for flag in flags for name in flag.names}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import re
 import shutil
@@ -20,16 +21,19 @@ EXAMPLE = "hybrimoe exec -- llama-server -m model.gguf"
 @dataclass(frozen=True)
 class Kind:
     """A program whose arguments we read. `variables`: it reads LLAMA_ARG_*; `routes`: without a model it starts others
-    for the models that it is asked for; `several`: it takes several models and lists of values."""
+    for the models that it is asked for; `several`: it takes several models and lists of values; `full_context`: without
+    -c its context is what the model was trained with."""
 
     name: str
     variables: bool = True
     routes: bool = False
     several: bool = False
+    full_context: bool = False
 
 
-_SERVER, _BENCH = Kind("llama-server", routes=True), Kind("llama-bench", variables=False, several=True)
-_CLI, _COMPLETION, _PERPLEXITY = Kind("llama-cli"), Kind("llama-completion"), Kind("llama-perplexity")
+_SERVER = Kind("llama-server", routes=True, full_context=True)
+_CLI, _COMPLETION = Kind("llama-cli", full_context=True), Kind("llama-completion", full_context=True)
+_BENCH, _PERPLEXITY = Kind("llama-bench", variables=False, several=True), Kind("llama-perplexity")
 _KINDS = {kind.name: kind for kind in (_SERVER, _CLI, _COMPLETION, _BENCH, _PERPLEXITY)}
 # Words after the one program `llama` (app/llama.cpp).
 _LLAMA = {
@@ -40,6 +44,11 @@ _LLAMA = {
 _BARRIERS = frozenset({
     "docker", "podman", "nerdctl", "kubectl", "ssh", "sudo", "doas", "su", "runuser", "systemd-run", "flatpak", "snap",
     "distrobox", "toolbox", "machinectl", "lxc", "chroot",
+})  # fmt: skip
+# These start what they are given as the shell would find it, in their own environment.
+_WRAPPERS = frozenset({
+    "env", "nice", "ionice", "taskset", "numactl", "chrt", "nohup", "setsid", "stdbuf", "timeout", "time", "prlimit",
+    "strace", "ltrace", "perf", "gdb", "catchsegv",
 })  # fmt: skip
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
 # What a dynamically linked program of llama.cpp's needs; one of them brings ggml.
@@ -133,8 +142,10 @@ def check_can_load(program: Program, environment: Mapping[str, str], plugin: Pat
     word = program.head[-1] if program.kind and Path(program.head[-1]).name in _KINDS else program.head[0]
     if program.kind and len(program.head) > 1 and Path(program.head[-2]).name == "llama":
         word = program.head[-2]
+    if os.sep not in word and word != program.head[0] and Path(program.head[0]).name not in _WRAPPERS:
+        return  # who knows where it looks
     path = _find(word, environment)
-    # A wrapper may look elsewhere than in PATH; what is no ELF file is a script, or nothing that we can judge.
+    # What is no ELF file is a script, or nothing that we can judge.
     elf = _read(path) if path is not None and path.is_file() else None
     if elf is None or path is None:
         return
@@ -172,11 +183,13 @@ def _read(path: Path) -> Elf | None:
 
 
 def _has_ggml_inside(path: Path, elf: Elf, environment: Mapping[str, str]) -> bool:
-    """Whether neither the program nor a library of llama.cpp's that it needs, as far as they are found, needs ggml."""
+    """Whether ggml is in the program or in a library of llama.cpp's that it needs, and none of these needs libggml."""
     seen: set[str] = set()
     waiting = [(path, elf)]
+    inside = False
     while waiting:
         at, one = waiting.pop()
+        inside = inside or _mentions_ggml(at)
         for name in one.needed:
             if name.startswith("libggml"):
                 return False
@@ -188,7 +201,16 @@ def _has_ggml_inside(path: Path, elf: Elf, environment: Mapping[str, str]) -> bo
             if library is None or found is None:
                 return False  # the loader may know more than we do
             waiting.append((library, found))
-    return True
+    return inside
+
+
+def _mentions_ggml(path: Path) -> bool:
+    """Whether the file has text of ggml's: a program that only starts another one has none."""
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return content.find(b"ggml_backend") >= 0
+    except (OSError, ValueError):
+        return False
 
 
 def _find_library(name: str, needed_by: Path, elf: Elf, environment: Mapping[str, str]) -> Path | None:
