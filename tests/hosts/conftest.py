@@ -94,8 +94,7 @@ elif "--list-devices" in sys.argv:
 else:
     names = ("GGML_BACKEND_PATH", "HYBRIMOE_CONFIG", "X")
     keep = {{n: v for n, v in os.environ.items() if n in names or n.startswith("LLAMA_ARG_")}}
-    import signal
-    print(json.dumps({{"argv": sys.argv[1:], "env": keep, "sigpipe": signal.getsignal(signal.SIGPIPE) == 0}}))
+    print(json.dumps({{"argv": sys.argv[1:], "env": keep}}))
 """
 
 

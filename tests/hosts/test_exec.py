@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,15 @@ def test_print_is_what_is_started(
     started = json.loads(done.out)
     assert started["argv"] == shown["arguments"]
     assert started["env"] == shown["env"]
-    # A program ends when its reader does, as if Python had never been there.
-    assert started["sigpipe"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell")
+def test_a_program_ends_with_its_reader(spawn: Call, stand_in: Callable[..., str], clean: Path) -> None:
+    # Python ignores SIGPIPE and SIGXFSZ; what it starts must not.
+    script = Path(stand_in("start.sh"))
+    script.write_text("#!/bin/sh\ngrep SigIgn /proc/self/status\n")
+    ignored = int(spawn("exec", str(script)).out.split()[1], 16)
+    assert ignored & (1 << (signal.SIGPIPE - 1) | 1 << (signal.SIGXFSZ - 1)) == 0
 
 
 def test_settings_are_those_of_our_own_commands(printed: Started, stand_in: Callable[..., str], moe: str) -> None:
