@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -72,11 +75,19 @@ def ask_devices(command: Sequence[str], environment: Mapping[str, str]) -> list[
 def _ask(command: Sequence[str], environment: Mapping[str, str]) -> tuple[str, int]:
     question = f"{command[-2]} {command[-1]}"
     try:
-        done = subprocess.run(
-            command, env=dict(environment), stdin=subprocess.DEVNULL, capture_output=True, timeout=_PATIENCE_S
-        )
-    except subprocess.TimeoutExpired:
-        raise HybrimoeError(f"'{question}' has not answered for {_PATIENCE_S:.0f} s", "try it by hand") from None
+        # A session of its own: what a wrapper has started ends with it.
+        child = subprocess.Popen(
+            command, env=dict(environment), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
     except OSError as error:
         raise HybrimoeError(f"'{question}' cannot be started: {error.strerror}", "try it by hand") from error
-    return "\n".join(part.decode("utf-8", "replace") for part in (done.stderr, done.stdout)), done.returncode
+    with child:
+        try:
+            out, err = child.communicate(timeout=_PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            raise HybrimoeError(f"'{question}' has not answered for {_PATIENCE_S:.0f} s", "try it by hand") from None
+        finally:
+            with contextlib.suppress(OSError):
+                os.killpg(child.pid, signal.SIGKILL)
+    return "\n".join(part.decode("utf-8", "replace") for part in (err, out)), child.returncode

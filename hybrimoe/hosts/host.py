@@ -61,7 +61,7 @@ def open_host(
     check_can_load(program, seen, plugin)
     host = Host(program, path, seen, arguments=Arguments((), seen))
     if program.kind is not None:
-        grammar = ask_grammar(program.head, environment)
+        grammar = ask_grammar(program.asked, seen)
         read = seen if program.kind.variables else {}
         host = replace(host, grammar=grammar, arguments=Arguments.read(program.arguments, grammar, read))
         _check_own_flags(host, own_flags)
@@ -162,7 +162,7 @@ def on_these_devices(host: Host, experts: ExpertOptions, *, named: bool) -> Expe
     names = experts.devices
     if not names or host.program.kind is None or not host.grammar.knows("--list-devices"):
         return experts
-    theirs = ask_devices(host.program.head, host.environment)
+    theirs = ask_devices(host.program.asked, host.environment)
     if named:
         for name in names:
             # A second CPU backend is a stand-in for an accelerator; it is never listed.

@@ -68,7 +68,7 @@ def make_launch(host: Host, models: Models, options: EngineOptions, plugin: Path
     notes: list[str] = []
     arguments = _without_cpu_moe(host.arguments, changes, notes)
     if host.program.kind is not None and models.main:
-        arguments = _with_overrides(host, models, arguments)
+        arguments = _with_overrides(host, models, arguments, changes)
         arguments = _without_fit(host, models, arguments, changes, notes)
         arguments = _with_threads(host, arguments, options, notes)
         words = arguments.words
@@ -92,7 +92,8 @@ def _plugin_settings(host: Host, models: Models, options: EngineOptions) -> dict
     # Costs and residency are one model's; instances that load different ones share these settings.
     model = shared[0] if len(shared) == 1 else None
     settings = experts.settings(model, min(options.n_batch, options.n_ubatch), None)
-    settings["log_to_stderr"] = True  # nobody else speaks for the plug-in in a foreign program
+    # What only programs need that are not ours. Nobody else speaks for the plug-in there.
+    settings["log_to_stderr"] = True
     return settings | _users_settings(host.environment)
 
 
@@ -123,12 +124,16 @@ def _without_cpu_moe(given: Arguments, changes: dict[str, str | None], notes: li
     return given.without(flags.CPU_MOE, flags.N_CPU_MOE)
 
 
-def _with_overrides(host: Host, models: Models, arguments: Arguments) -> Arguments:
+def _with_overrides(host: Host, models: Models, arguments: Arguments, changes: dict[str, str | None]) -> Arguments:
     """The user's own overrides come first: llama.cpp takes the first pattern that matches."""
     if any(model.is_moe for model in models.main):
-        # One flag with all: llama.cpp warns of a flag that is given twice.
+        # One flag with all: llama.cpp warns of a flag that is given twice, and of one beside its variable.
         if not arguments.values(flags.OVERRIDE):
-            arguments = arguments.adding(host.grammar.knows(*flags.OVERRIDE.names) or "-ot", OURS)
+            ours = OURS
+            if variable := arguments.variable(flags.OVERRIDE):
+                ours = f"{arguments.environment[variable]},{OURS}" if arguments.environment[variable] else OURS
+                changes[variable] = None
+            arguments = arguments.adding(host.grammar.knows(*flags.OVERRIDE.names) or "-ot", ours)
         elif host.takes_several:
             arguments = arguments.with_values(flags.OVERRIDE, _in_every_set, only_last=False)
         else:

@@ -57,7 +57,8 @@ _OF_LLAMA = re.compile(r"lib(llama|ggml|mtmd)\b.*")
 
 @dataclass(frozen=True)
 class Program:
-    """`head` are the words up to the program's name (wrappers first), `arguments` those after it.
+    """`head` are the words up to the program's name (wrappers first), `arguments` those after it; `n_own` words of the
+    head are the program's (two of `llama serve`), the others a wrapper's.
 
     `kind` is None for a program that we do not know: then `head` is its name and `arguments` are its own business.
     """
@@ -65,11 +66,26 @@ class Program:
     head: tuple[str, ...]
     arguments: tuple[str, ...]
     kind: Kind | None
+    n_own: int = 1
 
     @property
     def name(self) -> str:
         """What it is called in messages."""
         return self.kind.name if self.kind else Path(self.head[0]).name
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        return self.head[-self.n_own :]
+
+    @property
+    def is_found_by_name(self) -> bool:
+        """Whether the program's own name is looked up as a shell would: by nobody before it, or a usual wrapper."""
+        return len(self.head) == self.n_own or Path(self.head[0]).name in _WRAPPERS
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The words to ask the program with: without a usual wrapper, which would measure or trace the question."""
+        return self.own if self.is_found_by_name else self.head
 
 
 def find_program(command: Sequence[str]) -> Program:
@@ -85,7 +101,7 @@ def find_program(command: Sequence[str]) -> Program:
         if name == "llama" and n < len(command):
             kind, n = _LLAMA.get(command[n]), n + 1
         if kind is not None:
-            found = Program(tuple(command[:n]), tuple(command[n:]), kind)
+            found = Program(tuple(command[:n]), tuple(command[n:]), kind, n - i)
             break
     else:
         found = Program(tuple(command[:1]), tuple(command[1:]), None)
@@ -139,10 +155,8 @@ def check_startable(program: Program, environment: Mapping[str, str]) -> Path:
 
 def check_can_load(program: Program, environment: Mapping[str, str], plugin: Path) -> None:
     """Raises PluginError when the program cannot load the plug-in: of another machine, or with ggml built in."""
-    word = program.head[-1] if program.kind and Path(program.head[-1]).name in _KINDS else program.head[0]
-    if program.kind and len(program.head) > 1 and Path(program.head[-2]).name == "llama":
-        word = program.head[-2]
-    if os.sep not in word and word != program.head[0] and Path(program.head[0]).name not in _WRAPPERS:
+    word = program.own[0]
+    if os.sep not in word and not program.is_found_by_name:
         return  # who knows where it looks
     path = _find(word, environment)
     # What is no ELF file is a script, or nothing that we can judge.

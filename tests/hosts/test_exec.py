@@ -168,6 +168,18 @@ def test_experts_that_the_program_was_told_to_keep_on_the_cpu(
     assert "LLAMA_ARG_N_CPU_MOE=4" not in shown["command"]
 
 
+def test_overrides_in_a_variable_come_first_too(
+    printed: Started, stand_in: Callable[..., str], moe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLAMA_ARG_OVERRIDE_TENSOR", "a=CPU")
+    shown = printed(stand_in("llama-server"), "-m", moe)
+    assert shown["arguments"][2:4] == ["-ot", f"a=CPU,{OURS}"]
+    assert shown["unset"] == ["LLAMA_ARG_OVERRIDE_TENSOR"]
+    # Both given: llama.cpp reads the variable first.
+    shown = printed(stand_in("llama-server"), "-m", moe, "-ot", "b=CPU")
+    assert shown["arguments"][2:4] == ["-ot", f"b=CPU,{OURS}"] and shown["unset"] == []
+
+
 def test_llama_bench(printed: Started, stand_in: Callable[..., str], moe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = stand_in("llama-bench", BENCH_HELP)
     monkeypatch.setenv("LLAMA_ARG_N_CPU_MOE", "2")  # it reads no such variable
@@ -226,6 +238,28 @@ def test_devices_are_the_programs(printed: Started, call: Call, stand_in: Callab
     bench = stand_in("llama-bench", BENCH_HELP, devices=("CUDA0", "CUDA1"))
     assert printed(bench, "-m", moe, "-dev", "CUDA0/CUDA1")["config"]["devices"] == ["CUDA0", "CUDA1"]
     assert printed(bench, "-m", moe, "-dev", "CUDA0,CUDA1")["config"]["devices"] == "auto"
+
+
+@pytest.mark.parametrize(("theirs", "is_kept"), [(("Card0",), True), (("Card1",), False), ((), False)])
+def test_costs_hold_for_the_devices_that_were_measured(
+    printed: Started,
+    stand_in: Callable[..., str],
+    moe: str,
+    monkeypatch: pytest.MonkeyPatch,
+    theirs: tuple[str, ...],
+    is_kept: bool,
+) -> None:
+    from dataclasses import replace
+
+    from hybrimoe.cli import loading
+
+    def measured(options: Any, model: Any) -> Any:
+        return replace(options, experts=replace(options.experts, devices=("Card0",), costs={"devices": [1]}))
+
+    monkeypatch.setattr(loading, "with_starting_costs", measured)
+    config = printed(stand_in("llama-server", devices=theirs), "-m", moe)["config"]
+    assert config["costs"] == ({"devices": [1]} if is_kept else None)
+    assert config["devices"] == (["Card0"] if is_kept else "auto")
 
 
 def test_models_by_variable_and_from_the_hubs_cache(
@@ -405,3 +439,33 @@ def test_a_program_that_cannot_be_started(call: Call, clean: Path, stand_in: Cal
     path.write_text("#!/no/such/interpreter\n")
     outcome = call("exec", str(path))
     assert outcome.code == 1 and outcome.err.splitlines()[-2].startswith("error: cannot start")
+
+
+def test_usual_wrappers_are_not_asked(
+    printed: Started, stand_in: Callable[..., str], moe: str, clean: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = stand_in("llama-server")
+    wrapper = Path(stand_in("strace"))
+    wrapper.write_text(f"#!/bin/sh\ntouch '{clean / 'traced'}'\n")
+    shown = printed(str(wrapper), "-f", server, "-m", moe)
+    assert shown["command"][:3] == [str(wrapper), "-f", server] and OURS in shown["command"]
+    assert not (clean / "traced").exists()
+    # One that is not known is: only it knows where the program is.
+    wrapper = wrapper.rename(wrapper.with_name("run"))
+    wrapper.write_text(f"#!/bin/sh\ntouch '{clean / 'asked'}'\nexec '{server}' \"$@\"\n")
+    assert OURS in printed(str(wrapper), "llama-server", "-m", moe)["command"]
+    assert (clean / "asked").exists()
+
+
+def test_a_program_that_does_not_answer(
+    call: Call, clean: Path, stand_in: Callable[..., str], moe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hybrimoe.hosts import help_page
+
+    monkeypatch.setattr(help_page, "_PATIENCE_S", 0.3)
+    path = Path(stand_in("llama-server"))
+    # What it has started holds our pipe, and must end with it.
+    path.write_text("#!/bin/sh\nsleep 300 &\nwait\n")
+    outcome = call("exec", str(path), "-m", moe)
+    outcome.assert_two_lines(1)
+    assert "has not answered" in outcome.err
