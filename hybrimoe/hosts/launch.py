@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +68,7 @@ def make_launch(host: Host, models: Models, options: EngineOptions, plugin: Path
     notes: list[str] = []
     arguments = _without_cpu_moe(host.arguments, changes, notes)
     if host.program.kind is not None and models.main:
+        notes += _taken_away(models, arguments)
         arguments = _with_overrides(host, models, arguments, changes)
         arguments = _without_fit(host, models, arguments, changes, notes)
         arguments = _with_threads(host, arguments, options, notes)
@@ -145,6 +146,26 @@ def _with_overrides(host: Host, models: Models, arguments: Arguments, changes: d
     return arguments.adding(host.grammar.knows(*flags.DRAFT_OVERRIDE.names) or "-otd", OURS)
 
 
+def _taken_away(models: Models, arguments: Arguments) -> list[str]:
+    """Says which layers' experts the user's own overrides keep from the plug-in: `-ot exps=CPU` is a common habit."""
+    typed = arguments.values(flags.OVERRIDE)
+    variable = arguments.variable(flags.OVERRIDE)
+    texts = [*([arguments.environment[variable]] if variable else []), *typed]
+    patterns = [part.partition("=")[0] for text in texts for part in re.split("[,;]", text) if part]
+    model = next((model for model in models.main if model.is_moe), None)
+    if model is None or not patterns:
+        return []
+    try:
+        theirs = re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
+    except re.error:
+        return []  # the program will say so, in its own kind of regular expressions
+    taken = [layer for layer in model.moe_layers if any(theirs.search(t.name) for t in layer.expert_tensors)]
+    if not taken:
+        return []
+    n, n_all = len(taken), len(model.moe_layers)
+    return [f"{arguments.spelling(flags.OVERRIDE)} keeps experts of {n} of {n_all} layers from the plug-in"]
+
+
 def _in_every_set(value: str) -> str:
     """llama-bench: sets of overrides, each a test of its own, are separated by commas, overrides by semicolons."""
     return ",".join(f"{one.rstrip(';')};{OURS}" if one else OURS for one in value.split(","))
@@ -207,14 +228,6 @@ def _without_assignments(
     program: Program, words: tuple[str, ...], changes: Mapping[str, str | None]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The command without the assignments of an `env NAME=VALUE` that would undo ours."""
-    if Path(program.head[0]).name != "env":
-        return program.head, words
-
-    def undoes(word: str) -> bool:
-        name, equals, _ = word.partition("=")
-        return bool(equals) and name in changes
-
-    if program.kind is not None:
-        return tuple(word for word in program.head if not undoes(word)), words
-    leading = tuple(takewhile(lambda word: "=" in word or word.startswith("-"), words))
-    return program.head, (*(word for word in leading if not undoes(word)), *words[len(leading) :])
+    undoing = {word for word in program.assignments if word.partition("=")[0] in changes}
+    head = tuple(word for word in program.head if word not in undoing)
+    return head, words if program.kind else tuple(word for word in words if word not in undoing)

@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from hybrimoe.errors import HybrimoeError, PluginError, UsageError
@@ -78,14 +79,26 @@ class Program:
         return self.head[-self.n_own :]
 
     @property
-    def is_found_by_name(self) -> bool:
-        """Whether the program's own name is looked up as a shell would: by nobody before it, or a usual wrapper."""
-        return len(self.head) == self.n_own or Path(self.head[0]).name in _WRAPPERS
+    def asked(self) -> tuple[str, ...]:
+        """The words to ask the program with: without usual wrappers, which would measure or trace the question."""
+        for i, word in enumerate(self.head[: -self.n_own]):
+            is_usual = Path(word).name in _WRAPPERS
+            is_other = i == 0 or (os.sep in word and Path(word).is_file() and os.access(word, os.X_OK))
+            if is_other and not is_usual:
+                return self.head[i:]
+        return self.own
 
     @property
-    def asked(self) -> tuple[str, ...]:
-        """The words to ask the program with: without a usual wrapper, which would measure or trace the question."""
-        return self.own if self.is_found_by_name else self.head
+    def assignments(self) -> tuple[str, ...]:
+        """The words NAME=VALUE of an `env` before the program."""
+        before = self.head[: -self.n_own] if self.kind else self.head
+        names = [Path(word).name for word in before]
+        if "env" not in names:
+            return ()
+        words = before[names.index("env") + 1 :] if self.kind else self.arguments
+        if self.kind is None:
+            words = tuple(takewhile(lambda word: "=" in word or word.startswith("-"), words))
+        return tuple(word for word in words if _ASSIGNMENT.fullmatch(word))
 
 
 def find_program(command: Sequence[str]) -> Program:
@@ -111,7 +124,8 @@ def find_program(command: Sequence[str]) -> Program:
             f"'{first}' does not hand its environment on, and the plug-in is found through it",
             f"start hybrimoe inside: {first} ... hybrimoe exec -- {found.name} ...",
         )
-    if first == "env" and any(word in ("-", "-i", "--ignore-environment") for word in command[1 : len(found.head)]):
+    before = found.head[: -found.n_own] if found.kind else command
+    if "env" in (Path(word).name for word in before[:-1]) and {"-", "-i", "--ignore-environment"} & set(before):
         raise UsageError(
             "'env -i' empties the environment, and the plug-in is found through it", f"env -i ... {EXAMPLE}"
         )
@@ -120,16 +134,19 @@ def find_program(command: Sequence[str]) -> Program:
 
 def seen_environment(program: Program, environment: Mapping[str, str]) -> dict[str, str]:
     """What the program will see: `environment` with the assignments of an `env NAME=VALUE` before it."""
-    seen = dict(environment)
-    if Path(program.head[0]).name == "env":
-        words = program.head[1:] if program.kind else program.arguments
-        seen |= {match[1]: match[2] for word in words if (match := _ASSIGNMENT.fullmatch(word))}
-    return seen
+    given = (_ASSIGNMENT.fullmatch(word) for word in program.assignments)
+    return {**environment, **{match[1]: match[2] for match in given if match}}
 
 
 def check_startable(program: Program, environment: Mapping[str, str]) -> Path:
     """The file of the first word. Raises UsageError (missing, a folder, no program), HybrimoeError (no permission)."""
-    word = program.head[0]
+    path = _startable(program.head[0], environment)
+    if program.asked == program.own != program.head:
+        _startable(program.own[0], environment)
+    return path
+
+
+def _startable(word: str, environment: Mapping[str, str]) -> Path:
     if word.endswith(".gguf"):
         raise UsageError(f"'{word}' is a model, not a program", f"hybrimoe exec -- llama-server -m {word}")
     path = _find(word, environment)
@@ -156,7 +173,7 @@ def check_startable(program: Program, environment: Mapping[str, str]) -> Path:
 def check_can_load(program: Program, environment: Mapping[str, str], plugin: Path) -> None:
     """Raises PluginError when the program cannot load the plug-in: of another machine, or with ggml built in."""
     word = program.own[0]
-    if os.sep not in word and not program.is_found_by_name:
+    if os.sep not in word and program.asked != program.own:
         return  # who knows where it looks
     path = _find(word, environment)
     # What is no ELF file is a script, or nothing that we can judge.

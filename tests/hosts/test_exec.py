@@ -125,9 +125,17 @@ def test_settings_that_the_user_gave_the_plug_in_stay(
     [
         ((), ("-ot", OURS, "-fit", "off"), ()),
         # The user's own overrides come first: the first pattern that matches decides.
-        (("-ot", "a=CPU"), ("-ot", f"a=CPU,{OURS}", "-fit", "off"), ()),
-        (("--override-tensor", "a=CPU", "-v"), ("--override-tensor", f"a=CPU,{OURS}", "-v", "-fit", "off"), ()),
-        (("-ot", "a=CPU", "-ot", "b=CPU"), ("-ot", "a=CPU", "-ot", f"b=CPU,{OURS}", "-fit", "off"), ()),
+        (("-ot", "attn_q=CPU"), ("-ot", f"attn_q=CPU,{OURS}", "-fit", "off"), ()),
+        (
+            ("--override-tensor", "attn_q=CPU", "-v"),
+            ("--override-tensor", f"attn_q=CPU,{OURS}", "-v", "-fit", "off"),
+            (),
+        ),
+        (
+            ("-ot", "attn_q=CPU", "-ot", "attn_k=CPU"),
+            ("-ot", "attn_q=CPU", "-ot", f"attn_k=CPU,{OURS}", "-fit", "off"),
+            (),
+        ),
         (("-fit", "off"), ("-fit", "off", "-ot", OURS), ()),
         (("--fit", "on"), ("-ot", OURS, "-fit", "off"), ("--fit on",)),
         (("-fit", "maybe"), ("-fit", "maybe", "-ot", OURS), ()),
@@ -178,6 +186,16 @@ def test_overrides_in_a_variable_come_first_too(
     # Both given: llama.cpp reads the variable first.
     shown = printed(stand_in("llama-server"), "-m", moe, "-ot", "b=CPU")
     assert shown["arguments"][2:4] == ["-ot", f"b=CPU,{OURS}"] and shown["unset"] == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "n"), [("exps=CPU", "2 of 2"), (r"blk\.0\..*_exps\.=CPU", "1 of 2"), ("attn_q=CPU", None), ("(=CPU", None)]
+)
+def test_overrides_that_take_experts_are_told(
+    printed: Started, stand_in: Callable[..., str], moe: str, rule: str, n: str | None
+) -> None:
+    notes = printed(stand_in("llama-server"), "-m", moe, "-ot", f"output=CPU,{rule}")["notes"]
+    assert [n in note for note in notes] == ([True] if n else [])
 
 
 def test_llama_bench(printed: Started, stand_in: Callable[..., str], moe: str, monkeypatch: pytest.MonkeyPatch) -> None:

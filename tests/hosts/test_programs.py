@@ -83,7 +83,8 @@ def test_known_programs_are_seen_through_wrappers(command: str, kind: str | None
 @pytest.mark.parametrize(
     ("command", "word"),
     [([], "no program"), ([""], "no program"), (["docker", "run", "llama-server"], "docker"),
-     (["sudo", "-E", "llama-server", "-m", "x"], "sudo"), (["env", "-i", "llama-server"], "env -i")],
+     (["sudo", "-E", "llama-server", "-m", "x"], "sudo"), (["env", "-i", "llama-server"], "env -i"),
+     (["nice", "env", "-", "A=1", "llama-server"], "env -i"), (["env", "-i", "sh", "start.sh"], "env -i")],
 )  # fmt: skip
 def test_commands_that_cannot_carry_the_plug_in(command: list[str], word: str) -> None:
     error = error_of(lambda: find_program(command))
@@ -93,6 +94,9 @@ def test_commands_that_cannot_carry_the_plug_in(command: list[str], word: str) -
 def test_assignments_before_a_program_count() -> None:
     seen = seen_environment(find_program(["env", "-u", "B", "A=1=2", "llama-cli", "C=3"]), {"A": "0", "D": "4"})
     assert seen == {"A": "1=2", "D": "4"}
+    assert seen_environment(find_program(["nice", "env", "A=1", "/x/llama-cli"]), {}) == {"A": "1"}
+    assert seen_environment(find_program(["env", "A=1", "sh", "-c", "B=2"]), {}) == {"A": "1"}
+    assert seen_environment(find_program(["llama-cli", "-p", "A=1"]), {}) == {}
 
 
 @pytest.mark.parametrize(
@@ -120,6 +124,24 @@ def test_names_are_looked_up_in_path(tmp_path: Path) -> None:
     error = error_of(lambda: check_startable(find_program(["model.gguf"]), {"PATH": ""}))
     assert "is a model" in error.message and "llama-server -m model.gguf" in error.hint
     assert "--" in error_of(lambda: check_startable(find_program(["-x"]), {"PATH": ""})).hint
+
+
+def test_wrappers_that_are_asked(tmp_path: Path) -> None:
+    run = program(tmp_path / "run", b"#!/bin/sh\n")
+    for head, asked in (
+        (["nice", "-n", "3", "env", "A=/bin/sh", "llama-cli"], ["llama-cli"]),
+        (["nice", "-n", "3", run, "llama-cli"], [run, "llama-cli"]),
+        ([run, "-x", "llama", "serve"], [run, "-x", "llama", "serve"]),
+        (["taskset", "-c", "0", "llama", "serve"], ["llama", "serve"]),
+        (["start", "llama-cli"], ["start", "llama-cli"]),
+    ):
+        assert find_program([*head, "-m", "x"]).asked == tuple(asked)
+
+
+def test_a_missing_program_behind_a_wrapper(tmp_path: Path) -> None:
+    program(tmp_path / "nice", b"#!/bin/sh\n")
+    error = error_of(lambda: check_startable(find_program(["nice", "llama-cli"]), {"PATH": str(tmp_path)}))
+    assert error.exit_code == 2 and "'llama-cli' in PATH" in error.message
 
 
 GGML = b"... ggml_backend_load_all ..."
