@@ -176,8 +176,7 @@ def _versions() -> str:
 def run_app(arguments: Sequence[str]) -> int:
     """Runs the program and returns its exit code; what goes wrong is two lines on stderr."""
     _prepare_streams()
-    # What comes behind '--' is another program's.
-    own = list(itertools.takewhile(lambda argument: argument != "--", arguments))
+    own = _own_words(arguments)
     verbose = "-v" in own or "--verbose" in own
     try:
         code = make_app()(args=list(arguments), prog_name="hybrimoe", standalone_mode=False)
@@ -197,6 +196,15 @@ def run_app(arguments: Sequence[str]) -> int:
         return _fail(HybrimoeError("memory is used up", "use a smaller context with -c, or a smaller model"), verbose)
     except Exception as error:
         return _fail(HybrimoeError(f"unexpected {type(error).__name__}: {error}", "run again with -v"), verbose)
+
+
+def _own_words(arguments: Sequence[str]) -> list[str]:
+    """The arguments without those of a program that they start."""
+    if "--" in arguments:
+        return list(itertools.takewhile(lambda word: word != "--", arguments))
+    if "exec" not in arguments:
+        return list(arguments)
+    return list(itertools.takewhile(lambda word: word.startswith("-") or word == "exec", arguments))
 
 
 def _prepare_streams() -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hybrimoe.cli.console import note
-from hybrimoe.cli.flags import EXPERT_OPTIONS, MODEL_OPTIONS, OUTPUT
+from hybrimoe.cli.flags import EXPERT_OPTIONS, MODEL_OPTIONS, OUTPUT, OUTPUT_OPTIONS
 from hybrimoe.config import Option, Settings
 from hybrimoe.errors import ModelError, UsageError, from_os_error
 
@@ -38,6 +38,7 @@ EXEC_OPTIONS: tuple[Option, ...] = (
         section=OUTPUT,
         in_file=False,
     ),
+    *(option for option in OUTPUT_OPTIONS if option.key == "verbose"),
 )
 
 
@@ -69,7 +70,7 @@ def _launch(settings: Settings, command: list[str], environment: dict[str, str])
     from hybrimoe.native.plugin import library_path
 
     plugin = library_path().absolute()
-    own_flags = {flag for option in EXEC_OPTIONS for flag in (*option.flags, *option.no_flags)}
+    own_flags = {flag for option in EXPERT_OPTIONS for flag in (*option.flags, *option.no_flags)} | {"--print"}
     host = open_host(command, environment, plugin, own_flags)
     as_it_is = Launch(host.path, tuple(command))
     if host.only_informs:
@@ -100,7 +101,7 @@ def _options(settings: Settings, host: Host, models: Models) -> EngineOptions:
     from hybrimoe.llama_log import llama_log
     from hybrimoe.placement import Placement
 
-    llama_log()
+    llama_log().verbose = settings.verbose
     placement = Placement(cpu_moe=settings.cpu_moe, n_cpu_moe=settings.n_cpu_moe)
     options = host_options(host, expert_options(settings), placement)
     shared = models.with_experts

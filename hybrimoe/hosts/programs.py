@@ -119,6 +119,8 @@ def find_program(command: Sequence[str]) -> Program:
     else:
         found = Program(tuple(command[:1]), tuple(command[1:]), None)
     first = Path(command[0]).name
+    if first == "hybrimoe":
+        raise UsageError("hybrimoe has the plug-in itself", f"leave 'exec' out: {' '.join(command[:2])} ...")
     if first in _BARRIERS:
         raise UsageError(
             f"'{first}' does not hand its environment on, and the plug-in is found through it",

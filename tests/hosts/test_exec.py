@@ -448,8 +448,10 @@ def test_what_excludes_the_plug_in(
 
 def test_flags_behind_the_program_are_its_own(call: Call, clean: Path, stand_in: Callable[..., str], moe: str) -> None:
     # '-v' is not ours there: no traceback of our error.
-    outcome = call("exec", "--", stand_in("llama-server"), "-v", "-m", "missing.gguf")
-    outcome.assert_two_lines(3)
+    server = stand_in("llama-server")
+    call("exec", "--", server, "-v", "-m", "missing.gguf").assert_two_lines(3)
+    call("exec", server, "-v", "-m", "missing.gguf").assert_two_lines(3)
+    assert "Traceback" in call("exec", "-v", "--", server, "-m", "missing.gguf").err
 
 
 def test_a_program_that_cannot_be_started(call: Call, clean: Path, stand_in: Callable[..., str], moe: str) -> None:

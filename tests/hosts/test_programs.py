@@ -82,7 +82,8 @@ def test_known_programs_are_seen_through_wrappers(command: str, kind: str | None
 
 @pytest.mark.parametrize(
     ("command", "word"),
-    [([], "no program"), ([""], "no program"), (["docker", "run", "llama-server"], "docker"),
+    [([], "no program"), ([""], "no program"), (["hybrimoe", "serve", "x"], "itself"),
+     (["docker", "run", "llama-server"], "docker"),
      (["sudo", "-E", "llama-server", "-m", "x"], "sudo"), (["env", "-i", "llama-server"], "env -i"),
      (["nice", "env", "-", "A=1", "llama-server"], "env -i"), (["env", "-i", "sh", "start.sh"], "env -i")],
 )  # fmt: skip
