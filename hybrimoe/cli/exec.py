@@ -86,8 +86,8 @@ def _launch(settings: Settings, command: list[str], environment: dict[str, str])
     if kind is not None and not kind.routes and not models.main:
         raise UsageError(f"the arguments of {kind.name} name no model", f"hybrimoe exec -- {kind.name} -m model.gguf")
     if models.main and not models.with_experts:
-        names = ", ".join(f"'{model.path.name}' (architecture {model.architecture})" for model in models.main)
-        text = f"{names} has no experts, nothing to share: {host.program.name} starts as it is"
+        names = " and ".join(f"'{model.path.name}' (architecture {model.architecture})" for model in models.main)
+        text = f"no experts in {names}, nothing to share: {host.program.name} starts as it is"
         return replace(as_it_is, notes=(text,))
     options = _options(settings, host, models)
     return make_launch(host, models, options, plugin)

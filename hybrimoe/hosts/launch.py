@@ -113,12 +113,12 @@ def _users_settings(environment: Mapping[str, str]) -> dict[str, Any]:
 
 def _without_cpu_moe(given: Arguments, changes: dict[str, str | None], notes: list[str]) -> Arguments:
     """`-cmoe` and `-ncmoe` would take experts from the plug-in, which does the same by settings."""
-    for flag, what in (
-        (flags.CPU_MOE, "all experts stay on the CPU"),
-        (flags.N_CPU_MOE, "the first layers' experts stay on the CPU"),
+    for flag, is_on, what in (
+        (flags.CPU_MOE, given.is_on(flags.CPU_MOE), "all experts stay on the CPU"),
+        (flags.N_CPU_MOE, given.number(flags.N_CPU_MOE, 0) > 0, "the first layers' experts stay on the CPU"),
     ):
         name = given.variable(flag)
-        if given.typed(flag) or name is not None:
+        if is_on:
             notes.append(f"{given.spelling(flag)} is told to the plug-in instead: {what}, in its kernels")
         if name is not None:
             changes[name] = None
