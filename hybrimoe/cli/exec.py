@@ -97,7 +97,7 @@ def _options(settings: Settings, host: Host, models: Models) -> EngineOptions:
     """Settings of the plug-in as our own commands would choose them for the model."""
     from hybrimoe.cli.loading import expert_options, with_starting_costs
     from hybrimoe.cpu_threads import with_best_threads
-    from hybrimoe.hosts.host import host_options, on_these_devices
+    from hybrimoe.hosts.host import has_accelerators, host_options
     from hybrimoe.llama_log import llama_log
     from hybrimoe.placement import Placement
 
@@ -111,7 +111,19 @@ def _options(settings: Settings, host: Host, models: Models) -> EngineOptions:
             f"--calibration gives the costs of one model, and here are {what}",
             "leave it out: each model's costs are measured when it starts",
         )
-    named = options.experts.devices is not None
     if len(shared) == 1 and host.program.kind is not None:
-        options = with_starting_costs(with_best_threads(options, shared[0]), shared[0])
-    return replace(options, experts=on_these_devices(host, options.experts, named=named))
+        options = with_best_threads(options, shared[0])
+    # The program's ggml has devices of its own: where they are others than ours, the plug-in measures them there.
+    if has_accelerators(host, options.experts, own_accelerators()) and len(shared) == 1:
+        options = with_starting_costs(options, shared[0])
+    return options
+
+
+def own_accelerators() -> list[str]:
+    """ggml's names of the GPUs that our own llama.cpp has, HYBRIMOE_BACKENDS' too. Raises PluginError for a module."""
+    from hybrimoe.calibration import accelerators
+    from hybrimoe.native.backend_modules import device_names
+
+    indices = [index for index, _ in accelerators()]
+    names = device_names()
+    return [names[index] for index in indices]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hybrimoe.engine import EngineOptions
     from hybrimoe.expert_options import ExpertOptions
 
-__all__ = ["BACKEND_PATH", "Host", "host_options", "on_these_devices", "open_host", "shared_models"]
+__all__ = ["BACKEND_PATH", "Host", "has_accelerators", "host_options", "open_host", "shared_models"]
 
 # The one file that ggml loads beside the backends that it finds by itself.
 BACKEND_PATH = "GGML_BACKEND_PATH"
@@ -153,23 +153,17 @@ def _most(host: Host, flag: Flag) -> int | None:
     return max(map(int, words), default=None)
 
 
-def on_these_devices(host: Host, experts: ExpertOptions, *, named: bool) -> ExpertOptions:
-    """`experts` for the accelerators that the program has, which its own ggml knows and ours need not.
+def has_accelerators(host: Host, experts: ExpertOptions, ours: Sequence[str]) -> bool:
+    """Whether costs that were measured on `ours`, the accelerators of our own ggml, hold for what the program will use.
 
-    `named`: the user chose them. Raises UsageError for one that the program does not have. Costs that were measured on
-    other accelerators than the program's are dropped: the plug-in then measures when the model starts.
+    Raises UsageError for a device that `experts` name and the program does not have.
     """
-    names = experts.devices
-    if not names or host.program.kind is None or not host.grammar.knows("--list-devices"):
-        return experts
-    theirs = ask_devices(host.program.asked, host.environment)
-    if named:
-        for name in names:
-            # A second CPU backend is a stand-in for an accelerator; it is never listed.
-            if name not in (*theirs, "CPU"):
-                known = ", ".join(theirs) or "none"
-                raise UsageError(f"{host.program.name} has no device '{name}'", f"it has: {known}")
-        return experts
-    if list(names) == [name for name in theirs if name != "BLAS"]:
-        return experts
-    return replace(experts, devices=None, costs=None)
+    named = experts.devices or ()
+    if not (named or ours) or host.program.kind is None or not host.grammar.knows("--list-devices"):
+        return False
+    theirs = [name for name in ask_devices(host.program.asked, host.environment) if name != "BLAS"]
+    for name in named:
+        # A second CPU backend is a stand-in for an accelerator; it is never listed.
+        if name not in (*theirs, "CPU"):
+            raise UsageError(f"{host.program.name} has no device '{name}'", f"it has: {', '.join(theirs) or 'none'}")
+    return all(name in ours for name in named) if named else list(ours) == theirs

@@ -258,26 +258,37 @@ def test_devices_are_the_programs(printed: Started, call: Call, stand_in: Callab
     assert printed(bench, "-m", moe, "-dev", "CUDA0,CUDA1")["config"]["devices"] == "auto"
 
 
-@pytest.mark.parametrize(("theirs", "is_kept"), [(("Card0",), True), (("Card1",), False), ((), False)])
+@pytest.mark.parametrize(
+    ("flags", "theirs", "devices"),
+    [
+        ((), ("Card0",), ["Card0"]),
+        ((), ("Card1",), None),
+        ((), ("Card0", "Card1"), None),
+        ((), (), None),
+        (("--device", "Card0"), ("Card0", "Card1"), ["Card0"]),
+    ],
+)
 def test_costs_hold_for_the_devices_that_were_measured(
     printed: Started,
     stand_in: Callable[..., str],
     moe: str,
     monkeypatch: pytest.MonkeyPatch,
+    flags: tuple[str, ...],
     theirs: tuple[str, ...],
-    is_kept: bool,
+    devices: list[str] | None,
 ) -> None:
     from dataclasses import replace
 
-    from hybrimoe.cli import loading
+    from hybrimoe.cli import exec, loading
 
     def measured(options: Any, model: Any) -> Any:
         return replace(options, experts=replace(options.experts, devices=("Card0",), costs={"devices": [1]}))
 
     monkeypatch.setattr(loading, "with_starting_costs", measured)
-    config = printed(stand_in("llama-server", devices=theirs), "-m", moe)["config"]
-    assert config["costs"] == ({"devices": [1]} if is_kept else None)
-    assert config["devices"] == (["Card0"] if is_kept else "auto")
+    monkeypatch.setattr(exec, "own_accelerators", lambda: ["Card0"])
+    config = printed(*flags, "--", stand_in("llama-server", devices=theirs), "-m", moe)["config"]
+    assert config["costs"] == ({"devices": [1]} if devices else None)
+    assert config["devices"] == (devices or "auto")
 
 
 def test_models_by_variable_and_from_the_hubs_cache(
