@@ -16,7 +16,7 @@ from hybrimoe.native.locate import installed_library
 from hybrimoe.native.trace_ring import TraceRing
 
 LIBRARY_NAME = "libggml-hybrimoe.so"
-ABI_VERSION = 4
+ABI_VERSION = 5
 REINSTALL_HINT = "reinstall the package for this llama-cpp-python: pip install --force-reinstall --no-deps hybrimoe"
 
 
@@ -180,11 +180,9 @@ def library_path() -> Path:
 
 @functools.cache
 def _open_library() -> ctypes.CDLL:
-    """The plug-in's library, before anything of ggml is called. Raises PluginError when it is missing or damaged."""
+    """The plug-in's library, not yet bound to any ggml. Raises PluginError when it is missing or damaged."""
     path = library_path()
-    ggml_library()
     try:
-        # RTLD_GLOBAL is not needed: the library finds ggml's symbols through the sonames that llama_cpp has loaded.
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise PluginError(f"the plug-in cannot be loaded: {error}", REINSTALL_HINT) from error
@@ -199,10 +197,10 @@ def _open_library() -> ctypes.CDLL:
 def load_plugin() -> Plugin:
     """Load the plug-in into llama_cpp's ggml and return it. Must run before the model is loaded.
 
-    Raises PluginError when the library is missing, damaged, or compiled for another ggml.
+    Raises PluginError when the library is missing or damaged, or does not fit llama_cpp's ggml.
     """
     path, library, ggml = library_path(), _open_library(), ggml_library()
-    mismatch = library.hybrimoe_check_ggml()
+    mismatch = library.hybrimoe_check_ggml(ggml._handle)
     if mismatch:
         raise PluginError(_text(mismatch), REINSTALL_HINT)
     registry = ggml.ggml_backend_load(str(path).encode())
@@ -262,10 +260,13 @@ def _declare(library: ctypes.CDLL) -> None:
     # int hybrimoe_abi_version(void)
     library.hybrimoe_abi_version.argtypes = []
     library.hybrimoe_abi_version.restype = ctypes.c_int
-    for name in ("hybrimoe_version", "hybrimoe_ggml_version", "hybrimoe_check_ggml"):
+    for name in ("hybrimoe_version", "hybrimoe_ggml_version"):
         # const char * NAME(void)
         getattr(library, name).argtypes = []
         getattr(library, name).restype = ctypes.c_char_p
+    # const char * hybrimoe_check_ggml(void * library)
+    library.hybrimoe_check_ggml.argtypes = [ctypes.c_void_p]
+    library.hybrimoe_check_ggml.restype = ctypes.c_char_p
     # int hybrimoe_configure(const char * json, char * error, size_t error_size)
     library.hybrimoe_configure.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t]
     library.hybrimoe_configure.restype = ctypes.c_int

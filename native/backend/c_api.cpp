@@ -1,11 +1,12 @@
 #include "counters.h"
-#include "cpu_executor.h"
 #include "ggml-release.h"
 #include "hybrimoe.h"
 #include "last_words.h"
+#include "running_ggml/binding.h"
+#include "running_ggml/probe.h"
 #include "settings.h"
 
-#include "ggml-backend-impl.h"
+#include "ggml.h"
 
 #include <cstdio>
 #include <cstring>
@@ -16,28 +17,16 @@
 
 namespace {
 
-std::string describe_mismatch() {
-    const std::string running = ggml_version();
-    if (running != HYBRIMOE_GGML_VERSION) {
-        return "the plug-in is compiled for ggml " HYBRIMOE_GGML_VERSION ", the running ggml is " + running;
-    }
-    ggml_backend_dev_t cpu = hybrimoe::find_cpu_device();
-    if (cpu != nullptr && ggml_backend_dev_backend_reg(cpu)->api_version != GGML_BACKEND_API_VERSION) {
-        return "the plug-in is compiled for ggml's backend API " + std::to_string(GGML_BACKEND_API_VERSION) +
-               ", the running ggml has " + std::to_string(ggml_backend_dev_backend_reg(cpu)->api_version);
-    }
-    // A ggml of the same version whose structures differ is a patched build: reading its tensors would be undefined.
-    ggml_init_params params{};
-    params.mem_size    = 2 * ggml_tensor_overhead() + 2 * sizeof(ggml_tensor);
-    params.no_alloc    = true;
-    ggml_context * ctx = ggml_init(params);
-    ggml_tensor * head = ctx == nullptr ? nullptr : ggml_new_tensor_1d(ctx, GGML_TYPE_F32, 1);
-    const bool same    = head != nullptr && ggml_used_mem(ctx) == ggml_tensor_overhead() &&
-                         std::strcmp(ggml_op_name(GGML_OP_GLU), "GLU") == 0 &&
-                         ggml_tensor_overhead() > sizeof(ggml_tensor) &&
-                         ggml_tensor_overhead() - sizeof(ggml_tensor) < 128;
-    ggml_free(ctx);
-    return same ? std::string() : "the running ggml " + running + " has other structures than the plug-in's headers";
+// What is wrong with the ggml in `library`; it stays as it was found first, since ggml stays for the process's life.
+const std::string & mismatch_of(void * library) {
+    static const std::string mismatch = [library]() -> std::string {
+        if (const char * missing = hybrimoe::bind_ggml(library)) {
+            return std::string("it has no ") + missing + "()";
+        }
+        const std::string reason = hybrimoe::why_ggml_does_not_fit(hybrimoe::compiled_facts());
+        return reason.empty() ? reason : std::string("ggml ") + ggml_version() + " does not fit: " + reason;
+    }();
+    return mismatch;
 }
 
 int64_t describe(uint64_t instance, std::string (hybrimoe::instance_view::*what)() const, char * out, size_t size) {
@@ -69,12 +58,13 @@ const char * hybrimoe_ggml_version(void) {
     return HYBRIMOE_GGML_VERSION;
 }
 
-int hybrimoe_ggml_backend_api_version(void) {
-    return GGML_BACKEND_API_VERSION;
+const char * hybrimoe_ggml_interface(void) {
+    static const std::string text = hybrimoe::describe(hybrimoe::compiled_facts());
+    return text.c_str();
 }
 
-const char * hybrimoe_check_ggml(void) {
-    static const std::string mismatch = describe_mismatch();
+const char * hybrimoe_check_ggml(void * library) {
+    const std::string & mismatch = mismatch_of(library);
     return mismatch.empty() ? nullptr : mismatch.c_str();
 }
 

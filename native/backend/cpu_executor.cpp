@@ -1,6 +1,7 @@
 #include "cpu_executor.h"
 
-#include "ggml-backend-impl.h"
+#include "running_ggml/loaded_library.h"
+#include "running_ggml/tables.h"
 
 #include <algorithm>
 #include <dlfcn.h>
@@ -26,11 +27,8 @@ const ggml_type_traits_cpu * find_type_traits(ggml_type type) {
     using getter            = const ggml_type_traits_cpu * (*)(ggml_type);
     static const getter get = []() -> getter {
         ggml_backend_dev_t device = find_cpu_device();
-        Dl_info where{};
-        if (device == nullptr || dladdr(reinterpret_cast<void *>(device->iface.get_name), &where) == 0) {
-            return nullptr;
-        }
-        void * library = dlopen(where.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
+        void * library =
+            device == nullptr ? nullptr : library_of(reinterpret_cast<void *>(tables::of(device)->iface.get_name));
         return library == nullptr ? nullptr : reinterpret_cast<getter>(dlsym(library, "ggml_get_type_traits_cpu"));
     }();
     return get == nullptr ? nullptr : get(type);

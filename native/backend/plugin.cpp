@@ -4,12 +4,17 @@
 #include "counters.h"
 #include "dispatch.h"
 #include "hybrimoe.h"
+#include "json_text.h"
+#include "running_ggml/binding.h"
+#include "running_ggml/loaded_library.h"
+#include "running_ggml/other_builds.h"
+#include "running_ggml/probe.h"
+#include "running_ggml/tables.h"
 #include "settings.h"
-
-#include "ggml-backend-impl.h"
 
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <memory>
@@ -29,18 +34,21 @@ ggml_backend_reg_t registry();
 ggml_backend_dev_t device();
 ggml_backend_buffer_type_t buffer_type();
 
+ggml_backend_buffer_t as_ours(ggml_backend_buffer_t buffer) {
+    if (buffer != nullptr) {
+        tables::of(buffer)->buft = buffer_type();
+    }
+    return buffer;
+}
+
 // --- buffer type: plain host memory under a name of its own, so that the scheduler sends its users to our backend
 
 const char * buffer_type_name(ggml_backend_buffer_type_t) {
     return backend_name;
 }
 
-ggml_backend_buffer_t buffer_type_alloc(ggml_backend_buffer_type_t buft, size_t size) {
-    ggml_backend_buffer_t buffer = ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), size);
-    if (buffer != nullptr) {
-        buffer->buft = buft;
-    }
-    return buffer;
+ggml_backend_buffer_t buffer_type_alloc(ggml_backend_buffer_type_t, size_t size) {
+    return as_ours(ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), size));
 }
 
 size_t buffer_type_alignment(ggml_backend_buffer_type_t) {
@@ -51,9 +59,9 @@ bool buffer_type_is_host(ggml_backend_buffer_type_t) {
     return true;
 }
 
-ggml_backend_buffer_type_t buffer_type() {
-    static ggml_backend_buffer_type type = [] {
-        ggml_backend_buffer_type made{};
+template <typename functions> ggml_backend_buffer_type_t make_buffer_type() {
+    static tables::buffer_type<functions> type = [] {
+        tables::buffer_type<functions> made{};
         made.iface.get_name      = buffer_type_name;
         made.iface.alloc_buffer  = buffer_type_alloc;
         made.iface.get_alignment = buffer_type_alignment;
@@ -61,7 +69,14 @@ ggml_backend_buffer_type_t buffer_type() {
         made.device              = device();
         return made;
     }();
-    return &type;
+    return reinterpret_cast<ggml_backend_buffer_type_t>(&type);
+}
+
+ggml_backend_buffer_type_t buffer_type() {
+    static ggml_backend_buffer_type_t type = running_api_version() == 2
+                                                 ? make_buffer_type<tables::buffer_type_functions_2>()
+                                                 : make_buffer_type<tables::buffer_type_functions_3>();
+    return type;
 }
 
 // --- backend: one instance per llama_context
@@ -89,7 +104,7 @@ struct backend_state {
 };
 
 backend_state & state_of(ggml_backend_t backend) {
-    return *static_cast<backend_state *>(backend->context);
+    return *static_cast<backend_state *>(tables::of(backend)->context);
 }
 
 const char * backend_get_name(ggml_backend_t) {
@@ -97,14 +112,14 @@ const char * backend_get_name(ggml_backend_t) {
 }
 
 void backend_free(ggml_backend_t backend) {
-    auto * state = static_cast<backend_state *>(backend->context);
+    auto * state = &state_of(backend);
     // A forked child has the memory, but none of the threads that the instance would wait for; its files are the
     // parent's. It leaves all of it to the end of the process.
     if (state->process != process_id()) {
         return;
     }
     delete state;
-    delete backend;
+    delete tables::of(backend);
 }
 
 void wait_for(const std::vector<graph_input> & inputs) {
@@ -194,7 +209,7 @@ enum ggml_backend_dev_type device_get_type(ggml_backend_dev_t) {
 }
 
 void device_get_props(ggml_backend_dev_t dev, ggml_backend_dev_props * props) {
-    *props             = {};
+    // By name: ggml has set it all to zero, and its structure may have more members than ours.
     props->name        = device_get_name(dev);
     props->description = device_get_description(dev);
     props->type        = device_get_type(dev);
@@ -206,7 +221,7 @@ void device_get_props(ggml_backend_dev_t dev, ggml_backend_dev_props * props) {
 ggml_backend_t device_init_backend(ggml_backend_dev_t dev, const char *) {
     try {
         auto state                   = std::make_unique<backend_state>(register_instance());
-        ggml_backend_t made          = new ggml_backend{};
+        auto made                    = std::make_unique<tables::backend>();
         made->guid                   = backend_guid();
         made->iface.get_name         = backend_get_name;
         made->iface.free             = backend_free;
@@ -214,7 +229,7 @@ ggml_backend_t device_init_backend(ggml_backend_dev_t dev, const char *) {
         made->iface.graph_compute    = backend_graph_compute;
         made->device                 = dev;
         made->context                = state.release();
-        return made;
+        return reinterpret_cast<ggml_backend_t>(made.release());
     } catch (const std::exception & error) {
         std::fprintf(stderr, "HybriMoE: %s\n", error.what());
         return nullptr;
@@ -226,11 +241,7 @@ ggml_backend_buffer_type_t device_get_buffer_type(ggml_backend_dev_t) {
 }
 
 ggml_backend_buffer_t device_buffer_from_host_ptr(ggml_backend_dev_t, void * ptr, size_t size, size_t) {
-    ggml_backend_buffer_t buffer = ggml_backend_cpu_buffer_from_ptr(ptr, size);
-    if (buffer != nullptr) {
-        buffer->buft = buffer_type();
-    }
-    return buffer;
+    return as_ours(ggml_backend_cpu_buffer_from_ptr(ptr, size));
 }
 
 bool device_supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
@@ -243,8 +254,8 @@ bool device_supports_buft(ggml_backend_dev_t, ggml_backend_buffer_type_t buft) {
 }
 
 ggml_backend_dev_t device() {
-    static ggml_backend_device the_device = [] {
-        ggml_backend_device made{};
+    static tables::device the_device = [] {
+        tables::device made{};
         made.iface.get_name             = device_get_name;
         made.iface.get_description      = device_get_description;
         made.iface.get_memory           = device_get_memory;
@@ -258,7 +269,7 @@ ggml_backend_dev_t device() {
         made.reg                        = registry();
         return made;
     }();
-    return &the_device;
+    return reinterpret_cast<ggml_backend_dev_t>(&the_device);
 }
 
 // --- registry
@@ -286,16 +297,30 @@ void * registry_get_proc_address(ggml_backend_reg_t, const char * name) {
 }
 
 ggml_backend_reg_t registry() {
-    static ggml_backend_reg the_registry = [] {
-        ggml_backend_reg made{};
-        made.api_version            = GGML_BACKEND_API_VERSION;
+    static tables::registry the_registry = [] {
+        tables::registry made{};
+        made.api_version            = running_api_version(); // ggml takes no other
         made.iface.get_name         = registry_get_name;
         made.iface.get_device_count = registry_get_device_count;
         made.iface.get_device       = registry_get_device;
         made.iface.get_proc_address = registry_get_proc_address;
         return made;
     }();
-    return &the_registry;
+    return reinterpret_cast<ggml_backend_reg_t>(&the_registry);
+}
+
+// One line of JSON on stderr for `hybrimoe plugin list`, which asks programs so: what fits the host's ggml.
+void tell_probe(const char * mismatch, const other_build & other) {
+    const bool is_bound               = is_ggml_bound();
+    const nlohmann::ordered_json told = {
+        {"hybrimoe_probe", 1},
+        {"ggml", is_bound ? ggml_version() : ""},
+        {"backend_api", is_bound ? running_api_version() : 0},
+        {"reason", mismatch == nullptr ? "" : mismatch},
+        {"fits", mismatch == nullptr || !other.path.empty()},
+        {"other_build", other.path},
+    };
+    std::fprintf(stderr, "%s\n", told.dump().c_str());
 }
 
 } // namespace
@@ -304,15 +329,30 @@ ggml_backend_reg_t registry() {
 
 extern "C" {
 
-GGML_BACKEND_API ggml_backend_reg_t ggml_backend_init(void);
+HYBRIMOE_API ggml_backend_reg_t ggml_backend_init(void);
 
+// ggml calls this once it has loaded the library. With HYBRIMOE_PROBE set it only tells what it found.
 ggml_backend_reg_t ggml_backend_init(void) {
-    const char * mismatch = hybrimoe_check_ggml();
-    if (mismatch != nullptr) {
-        std::fprintf(stderr, "HybriMoE: %s\n", mismatch);
+    using namespace hybrimoe;
+    void * ggml             = library_of(__builtin_return_address(0));
+    const char * mismatch   = hybrimoe_check_ggml(ggml);
+    const other_build other = mismatch == nullptr ? other_build{} : find_build_that_fits(ggml);
+    if (std::getenv("HYBRIMOE_PROBE") != nullptr) {
+        tell_probe(mismatch, other);
         return nullptr;
     }
-    return hybrimoe::registry();
+    if (mismatch == nullptr) {
+        return registry();
+    }
+    if (other.init != nullptr) {
+        return other.init();
+    }
+    std::fprintf(stderr,
+                 "error: the HybriMoE plug-in cannot be used here: %s\n"
+                 "hint: hybrimoe plugin build --llama-cpp DIR, where DIR is the program's source tree or the folder "
+                 "that it was installed into\n",
+                 mismatch);
+    return nullptr;
 }
 
 } // extern "C"

@@ -16,16 +16,24 @@ extern "C" {
 #endif
 
 // Raised by one with every change of this header that an older caller would misread.
-#define HYBRIMOE_ABI_VERSION 4
+#define HYBRIMOE_ABI_VERSION 5
 
 HYBRIMOE_API int hybrimoe_abi_version(void);
 HYBRIMOE_API const char * hybrimoe_version(void);
-// The ggml release and backend API the plug-in was compiled for; both must equal the running ggml's.
+// The ggml release whose headers the plug-in was compiled with. A remark: what decides whether it fits another one is
+// the interface (hybrimoe_check_ggml).
 HYBRIMOE_API const char * hybrimoe_ggml_version(void);
-HYBRIMOE_API int hybrimoe_ggml_backend_api_version(void);
 
-// Why the running ggml cannot be used, or NULL when it can. Call it before ggml_backend_load().
-HYBRIMOE_API const char * hybrimoe_check_ggml(void);
+// What the plug-in was compiled to expect of ggml, as one JSON object: the backend APIs it speaks, numbers of operations
+// and types, places in a tensor. Two plug-ins with equal texts fit the same releases.
+HYBRIMOE_API const char * hybrimoe_ggml_interface(void);
+
+// Binds the plug-in to the ggml that is found through `library`, a handle of dlopen() whose library is, or depends on,
+// libggml (NULL: wherever the process has it), and compares what ggml says of its operations, types, structures and
+// tables with what the plug-in was compiled with. Returns why that ggml cannot be used, or NULL when it can. The first
+// call decides for the life of the process. Call it before ggml_backend_load() and before any probe; a host that only
+// loads the plug-in through ggml need not.
+HYBRIMOE_API const char * hybrimoe_check_ggml(void * library);
 
 // Sets what backend instances created from now on use; instances that exist keep their settings. `json` is one object:
 //   "cpu_kernels"       "auto", "ggml", "avx512", "avxvnni", "avx2" or "scalar"

@@ -1,137 +1,174 @@
-"""Fixtures for tests of other people's programs: stand-ins that print what they were started with."""
+"""Programs of llama.cpp that were compiled by others or for themselves, and a server of one to talk to."""
 
 from __future__ import annotations
 
+import contextlib
+import http.client
+import json
 import os
+import re
+import socket
+import subprocess
 import sys
-from collections.abc import Callable, Mapping
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
-from cli.conftest import Outcome, call, home, spawn  # noqa: F401
+from cli.conftest import call, home, spawn  # noqa: F401
+from filelock import FileLock
 
-from hybrimoe.errors import HybrimoeError
+from hosts.stand_ins import clean, stand_in  # noqa: F401
+from hybrimoe.native.plugin import library_path
 
-# Excerpts of what the programs of llama.cpp 0.7.0 print.
-SERVER_HELP = """\
------ common params -----
+ROOT = Path(__file__).resolve().parent.parent.parent
+EXPERTS = r"ffn_(gate_inp\.|.*_exps)=HybriMoE"
+_START_S = 120.0
 
--h,    --help, --usage                  print usage and exit
---version                               show version and build info
--t,    --threads N                      number of CPU threads to use during generation (default: <num_cpus>)
-                                        (env: LLAMA_ARG_THREADS)
--tb,   --threads-batch N                number of threads to use during batch and prompt processing (default:
-                                        same as --threads)
--c,    --ctx-size N                     size of the prompt context (default: 0, 0 = loaded from model)
--b,    --batch-size N                   logical maximum batch size (default: 2048)
--ub,   --ubatch-size N                  physical maximum batch size (default: 512)
---perf, --no-perf                       whether to enable internal libllama performance timings (default:
-                                        false)
--p,    --prompt PROMPT                  prompt to start generation with
--dev,  --device <dev1,dev2,..>          comma-separated list of devices to use for offloading (none = don't
-                                        offload)
---list-devices                          print list of available devices and exit
--ot,   --override-tensor <tensor name pattern>=<buffer type>,...
-                                        override tensor buffer type
-                                        (env: LLAMA_ARG_OVERRIDE_TENSOR)
--cmoe, --cpu-moe                        keep all Mixture of Experts (MoE) weights in the CPU
--ncmoe, --n-cpu-moe N                   keep the Mixture of Experts (MoE) weights of the first N layers in the
-                                        CPU
---moe-cache-mib N                       GPU cache size in MiB for the MoE experts kept in the CPU. with
--fit,  --fit [on|off]                   whether to adjust unset arguments to fit in device memory ('on' or
---control-vector-layer-range START END
-                                        layer range to apply the control vector(s) to, start and end inclusive
--m,    --model FNAME                    model path to load
--mu,   --model-url MODEL_URL            model download url (default: unused)
--dr,   --docker-repo [<repo>/]<model>[:quant]
-                                        Docker Hub model repository. repo is optional, default to ai/.
--hf,   -hfr, --hf-repo <user>/<model>[:quant]
-                                        Hugging Face model repository; quant is optional, case-insensitive,
-                                        --hf-repo (default: unused)
--hff,  --hf-file FILE                   Hugging Face model file. If specified, it will override the quant in
---spec-type none,draft-simple,draft-mtp,ngram-simple
-                                        comma-separated list of types of speculative decoding to use
---spec-draft-override-tensor, -otd, --override-tensor-draft <tensor name pattern>=<buffer type>,...
-                                        override tensor buffer type for draft model
---spec-draft-cpu-moe, -cmoed, --cpu-moe-draft
-                                        keep all Mixture of Experts (MoE) weights in the CPU for the draft
---spec-draft-model, -md, --model-draft FNAME
-                                        draft model for speculative decoding (default: unused)
-"""
 
-BENCH_HELP = """\
-usage: llama-bench [options]
+@dataclass(frozen=True)
+class Host:
+    """llama.cpp's programs of one origin: `start` is what begins their command lines, run in `folder`."""
 
-options:
-  -h, --help
-  --list-devices                              list available devices and exit
-  --progress                                  print test progress indicators
-  -fitt, --fit-target <MiB>                   fit model to device memory with this margin per device
-  -fitc, --fit-ctx <n>                        minimum ctx size for --fit-target (default: 0)
+    name: str
+    start: Callable[[str], list[str]]
+    folder: Path
 
-test parameters:
-  -m, --model <filename>                            (default: models/7B/ggml-model-q4_0.gguf)
-  -hf, -hfr, --hf-repo <user>/<model>[:quant]       Hugging Face model repository; quant is optional, case-insensitive
-                                                    default to Q4_K_M, or falls back to the first file in the repo
-  -b, --batch-size <n>                              (default: 2048)
-  -ub, --ubatch-size <n>                            (default: 512)
-  -t, --threads <n>                                 (default: <num_cpus>)
-  -ncmoe, --n-cpu-moe <n>                           (default: 0)
-  -dev, --device <dev0/dev1/...>                    (default: auto)
-  -ot --override-tensor <tensor name pattern>=<buffer type>;...
-                                                    (default: disabled)
+    def environment(self, plugin: bool, settings: Mapping[str, Any] | None = None, **more: str) -> dict[str, str]:
+        environment = {**os.environ, "OMP_WAIT_POLICY": "passive", **more}
+        environment.pop("GGML_BACKEND_PATH", None)
+        if plugin:
+            environment["GGML_BACKEND_PATH"] = str(library_path())
+            environment["HYBRIMOE_CONFIG"] = json.dumps(settings or {})
+        return environment
 
-Multiple values can be given for each parameter by separating them with ','
-"""
+    def run(self, program: str, *arguments: str, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*self.start(program), *arguments],
+            env=environment,
+            cwd=self.folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=1800,
+        )
 
-_STAND_IN = """\
-#!{python}
-import json, os, sys
-if "--help" in sys.argv:
-    print({help!r})
-elif "--list-devices" in sys.argv:
-    print("Available devices:\\n" + "".join(f"  {{d}}: a card (1 MiB, 1 MiB free)\\n" for d in {devices!r}))
-else:
-    names = ("GGML_BACKEND_PATH", "HYBRIMOE_CONFIG", "X")
-    keep = {{n: v for n, v in os.environ.items() if n in names or n.startswith("LLAMA_ARG_")}}
-    print(json.dumps({{"argv": sys.argv[1:], "env": keep}}))
-"""
+    @contextlib.contextmanager
+    def server(self, model: Path, *arguments: str, environment: Mapping[str, str], log: Path) -> Iterator[int]:
+        """Its llama-server with `model`, ready to answer; yields the port. What it says goes to `log`."""
+        port = _free_port()
+        command = [*self.start("llama-server"), "-m", str(model), "--host", "127.0.0.1", "--port", str(port)]
+        command += ["--no-webui", "-fit", "off", *arguments]
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                command, env=environment, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=file, stderr=file
+            )
+        try:
+            _wait_until_ready(process, port, log)
+            yield port
+        finally:
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    deadline = time.monotonic() + _START_S
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(OSError):
+            if ask(port, "GET", "/health")[0] == 200:
+                return
+        time.sleep(0.1)
+    raise AssertionError(f"the server does not answer:\n{log.read_text(errors='replace')[-3000:]}")
+
+
+def ask(port: int, method: str, path: str, body: Mapping[str, Any] | None = None) -> tuple[int, Any]:
+    """Status and JSON of one request."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
+    try:
+        connection.request(
+            method, path, None if body is None else json.dumps(body), {"Content-Type": "application/json"}
+        )
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read() or b"null")
+    finally:
+        connection.close()
+
+
+@dataclass(frozen=True)
+class Step:
+    """One generated token, and the logarithms of the probabilities of those that were nearest to be chosen."""
+
+    token: int
+    nearest: Mapping[int, float]
+
+
+def greedy(port: int, prompts: Sequence[str], n_tokens: int = 24) -> list[list[Step]]:
+    """Each prompt's most likely continuation."""
+    found = []
+    for prompt in prompts:
+        body = {"prompt": prompt, "n_predict": n_tokens, "temperature": 0, "ignore_eos": True, "n_probs": 5}
+        status, answer = ask(port, "POST", "/completion", body)
+        assert status == 200, answer
+        steps = answer["completion_probabilities"]
+        found.append([Step(s["id"], {t["id"]: t["logprob"] for t in s["top_logprobs"]}) for s in steps])
+    return found
+
+
+@pytest.fixture(scope="session")
+def pin_host(one_builds: Callable[[str], FileLock]) -> Host:
+    """Those of the pinned release: built once (many minutes) unless HYBRIMOE_LLAMA_CPP_BIN names them."""
+    with one_builds("llama.cpp"):
+        command = [
+            sys.executable,
+            str(ROOT / "tools" / "build_llama_cpp.py"),
+            "--more",
+            "llama-server",
+            "--more",
+            "llama-perplexity",
+        ]
+        made = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    assert made.returncode == 0, "tools/build_llama_cpp.py failed, see above"
+    folder = Path(made.stdout.strip())
+    return Host("the pinned release", lambda program: [str(folder / program)], folder)
+
+
+@pytest.fixture(scope="session")
+def unpacked(one_builds: Callable[[str], FileLock]) -> Host:
+    """Those of a distribution, unpacked beside the system. Skips where the packages cannot be had."""
+    with one_builds("distribution"):
+        command = [sys.executable, str(ROOT / "tools" / "get_distribution.py")]
+        made = subprocess.run(command, capture_output=True, text=True)
+    if made.returncode != 0:
+        pytest.skip(f"no programs of a distribution: {' '.join(made.stderr.split())}")
+    folder = Path(made.stdout.strip())
+    return Host("a distribution", lambda program: [str(folder / "run"), program], folder / "modules")
+
+
+@pytest.fixture(scope="session")
+def unpacked_version(unpacked: Host) -> str:
+    """As it names itself, such as '0.7.0 (build 11669, commit Debian)'."""
+    done = unpacked.run("llama-server", "--version", environment=unpacked.environment(plugin=False))
+    return re.findall(r"version: (.*)", done.stdout + done.stderr)[-1]
 
 
 @pytest.fixture
-def stand_in(tmp_path: Path) -> Callable[..., str]:
-    """`stand_in("llama-server")` is the path of a program that prints its arguments and environment as JSON."""
-
-    def make(name: str, help: str = SERVER_HELP, devices: tuple[str, ...] = ()) -> str:
-        path = tmp_path / "bin" / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(_STAND_IN.format(python=sys.executable, help=help, devices=devices))
-        path.chmod(0o755)
-        return str(path)
-
-    return make
-
-
-@pytest.fixture
-def clean(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: F811
-    """A user without any variable that exec reads."""
-    for name in ("GGML_BACKEND_PATH", "HYBRIMOE_CONFIG", "HYBRIMOE_CALIBRATION", "HYBRIMOE_BACKENDS",
-                 "LLAMA_CACHE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME"):  # fmt: skip
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(home))
-    return home
-
-
-def environment(**changes: str) -> Mapping[str, str]:
-    return {"PATH": os.environ["PATH"], **changes}
-
-
-def error_of(call: Callable[[], object]) -> HybrimoeError:  # noqa: F811
-    """The error that `call` raises, which must have both lines."""
-    with pytest.raises(HybrimoeError) as caught:
-        call()
-    assert caught.value.message and caught.value.hint
-    return caught.value
-
-
-__all__ = ["BENCH_HELP", "SERVER_HELP", "Outcome", "environment", "error_of"]
+def distribution(request: pytest.FixtureRequest, unpacked: Host, unpacked_version: str) -> Host:
+    """As `unpacked`. The distribution moves: a version that docs/hosts.md does not list warns, and never fails."""
+    if f"`{unpacked_version}`" not in (ROOT / "docs" / "hosts.md").read_text():
+        warnings.warn(f"docs/hosts.md does not list llama.cpp {unpacked_version} as tried", stacklevel=1)
+        request.applymarker(pytest.mark.xfail(reason=f"{unpacked_version} was not tried before", strict=False))
+    return unpacked

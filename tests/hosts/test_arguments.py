@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from hosts.conftest import BENCH_HELP, SERVER_HELP, error_of
 
+from hosts.stand_ins import BENCH_HELP, SERVER_HELP, error_of
 from hybrimoe.hosts import arguments as flags
 from hybrimoe.hosts.arguments import Arguments
 from hybrimoe.hosts.help_page import parse_devices, parse_help

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hosts.conftest import BENCH_HELP, SERVER_HELP, Outcome
 
+from hosts.stand_ins import BENCH_HELP, SERVER_HELP, Outcome
 from hybrimoe.hosts.launch import OURS
 from hybrimoe.native.plugin import library_path
 

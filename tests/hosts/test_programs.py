@@ -6,8 +6,8 @@ import struct
 from pathlib import Path
 
 import pytest
-from hosts.conftest import environment, error_of
 
+from hosts.stand_ins import environment, error_of
 from hybrimoe.hosts.elf import read_elf
 from hybrimoe.hosts.programs import check_can_load, check_startable, find_program, seen_environment
 

@@ -1,7 +1,7 @@
 #include "accelerator/device_compute.h"
 
 #include "ggml-alloc.h"
-#include "ggml-backend-impl.h"
+#include "running_ggml/tables.h"
 
 #include <algorithm>
 #include <cstring>
@@ -233,7 +233,7 @@ bool device_compute::take_over(const device_rows & rows, ggml_tensor * to) const
         return false;
     }
     const ggml_tensor * owner = rows.tensor->view_src == nullptr ? rows.tensor : rows.tensor->view_src;
-    const auto copy           = port_.compute()->iface.cpy_tensor_async;
+    const auto copy           = tables::of(port_.compute())->iface.cpy_tensor_async;
     return owner->buffer != nullptr && copy != nullptr &&
            ggml_backend_buft_get_device(ggml_backend_buffer_get_type(owner->buffer)) == port_.device() &&
            copy(rows.source, port_.compute(), rows.tensor, to);

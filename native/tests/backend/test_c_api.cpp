@@ -18,7 +18,6 @@ void test_versions() {
     CHECK(hybrimoe_abi_version() == HYBRIMOE_ABI_VERSION);
     CHECK(std::strlen(hybrimoe_version()) > 0);
     CHECK(std::strlen(hybrimoe_ggml_version()) > 0);
-    CHECK(hybrimoe_ggml_backend_api_version() > 0);
 }
 
 void test_configure() {
@@ -96,21 +95,17 @@ void test_instances() {
 int main(int argc, char ** argv) {
     const std::string test       = argc > 1 ? argv[1] : "same";
     fake_ggml::answers & answers = fake_ggml::current();
-    if (test == "version") {
-        answers.version = "0.0.1";
-        CHECK(contains(hybrimoe_check_ggml(), "0.0.1"));
-        CHECK(contains(hybrimoe_check_ggml(), hybrimoe_ggml_version()));
-    } else if (test == "api") {
-        answers.api_version_delta = 1;
-        CHECK(contains(hybrimoe_check_ggml(), "backend API"));
-    } else if (test == "layout") {
-        answers.other_layout = true;
-        CHECK(contains(hybrimoe_check_ggml(), "structures"));
-    } else if (test == "no-cpu") {
-        answers.has_cpu = false;
-        CHECK(hybrimoe_check_ggml() == nullptr);
+    if (test == "missing-function") {
+        answers.missing_function = "ggml_glu_split";
+        CHECK(contains(hybrimoe_check_ggml(nullptr), "ggml_glu_split()"));
+        answers.missing_function = nullptr;
+        CHECK(contains(hybrimoe_check_ggml(nullptr), "ggml_glu_split()")); // the first verdict holds
+    } else if (test == "misfit") {
+        answers.reason = "tensors are other";
+        CHECK(contains(hybrimoe_check_ggml(nullptr), "9.9.9"));
+        CHECK(contains(hybrimoe_check_ggml(nullptr), "tensors are other"));
     } else {
-        CHECK(hybrimoe_check_ggml() == nullptr);
+        CHECK(hybrimoe_check_ggml(nullptr) == nullptr);
         test_versions();
         test_configure();
         test_last_words();
