@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli.conftest import call, home, spawn  # noqa: F401
 from filelock import FileLock
 
+from hosts.stand_ins import clean, stand_in  # noqa: F401
 from hybrimoe.native.plugin import library_path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
