@@ -299,14 +299,19 @@ void runtime::commit_demands(const layer_event & e, double now_us) {
         load_result loaded;
         transfer t;
         t.kind = transfer_kind::scratch;
-        if (limits_.admission && admission_->wants(key) &&
-            cache_.begin_load(e.layer, at.expert, d, false, loaded).ok()) {
+        // Without scratch the plan copies only what admission wanted, and it is not asked again: what was admitted just
+        // now has changed its mind about others.
+        const bool wanted = limits_.admission && (!e.scratch || admission_->wants(key));
+        if (wanted && cache_.begin_load(e.layer, at.expert, d, false, loaded).ok()) {
             t.kind    = transfer_kind::demand;
             t.slot    = loaded.slot;
             t.evicted = loaded.evicted_key;
             admission_->on_admit(key);
             note_eviction(loaded, false);
             decision_.slots[static_cast<size_t>(index)] = loaded.slot;
+        } else if (!e.scratch) {
+            leave_to_cpu(index);
+            continue;
         }
         if (link_free_us_[d] > now_us && link_speculative_[d]) {
             ++stats_.n_delayed_demands;
@@ -334,6 +339,16 @@ void runtime::commit_demands(const layer_event & e, double now_us) {
                                                  : std::max(0.0, at.end_us - gpu - plan.cpu_end_us);
         }
     }
+}
+
+// What was to be copied and finds no slot; the plan's times stay.
+void runtime::leave_to_cpu(int index) {
+    placement & at = decision_.plan.placements[static_cast<size_t>(index)];
+    at.device      = cpu_device;
+    at.copied      = false;
+    ++decision_.plan.n_cpu;
+    --decision_.plan.n_gpu;
+    --decision_.plan.n_copies;
 }
 
 // Until when idle-time copies may run, and how much DRAM traffic the plan leaves for them.

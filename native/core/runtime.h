@@ -139,6 +139,7 @@ private:
     void describe_items(const layer_event & event, double now_us);
     void note_outcomes(const layer_event & event);
     void commit_demands(const layer_event & event, double now_us);
+    void leave_to_cpu(int index);
     void commit_prefetch(const layer_event & event, double now_us);
     void commit_admissions(const layer_event & event, double now_us);
     void try_compute(const layer_event & event, const layer_problem & problem);
