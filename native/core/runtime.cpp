@@ -236,8 +236,9 @@ status runtime::on_layer(const layer_event & e, double now_us, const decision *&
                                    : e.scratch            ? decision_.n_misses
                                                           : cache_.n_available(e.layer, d, decision_.n_misses);
     }
-    problem.items   = decision_.items.data();
-    problem.n_items = static_cast<int>(decision_.items.size());
+    problem.copies_stay = !e.scratch;
+    problem.items       = decision_.items.data();
+    problem.n_items     = static_cast<int>(decision_.items.size());
     order_slots(e.layer, problem);
     HYBRIMOE_TRY(plan_layer(*schedule_, problem, decision_.plan)); // cannot fail: costs and event were checked
     decision_.is_tried   = false;

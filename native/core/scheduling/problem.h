@@ -33,6 +33,7 @@ struct layer_problem {
     // layer equally well it decides; null: nothing does.
     const int8_t * slot_order = nullptr;
     int n_slot_order          = 0;
+    bool copies_stay          = false; // in slots: later steps find what was copied
 
     layer_problem() {
         for (int & n : max_copies) {

@@ -13,7 +13,7 @@ constexpr int max_items = 64; // of a layer; prefill replaces most of a cache an
 class slot_choice {
 public:
     slot_choice(const priced_problem & p, assignment & device_of)
-        : p_(p), device_of_(device_of), us_(makespan(p, device_of)) {
+        : p_(p), device_of_(device_of), us_(makespan(p, device_of) * (1.0 + negligible_share)) {
         for (int i = 0; i < p.n_items; ++i) {
             n_copies_[device_of[i] + 1] += p.is_miss(i) ? 1 : 0;
         }
