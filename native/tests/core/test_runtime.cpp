@@ -97,6 +97,52 @@ void slots_of_two_cards_are_one_cache() {
     }
 }
 
+// Wants anything, until it was given something in the same step.
+class fickle final : public admission_policy {
+public:
+    bool wants(int) const override { return !given_; }
+    void on_step(const router_step &) override { given_ = false; }
+    void on_admit(int) override { given_ = true; }
+
+private:
+    bool given_ = false;
+};
+
+// A decoded token has no scratch: what the plan copies takes a slot, whatever admission thinks of it by then.
+void no_scratch_without_scratch() {
+    const model_shape shape{8, 16, 4};
+    runtime_config c;
+    c.cache.shape     = shape;
+    c.cache.n_devices = 1;
+    c.cache.n_slots.assign(8, 4);
+    c.costs     = machine(1);
+    c.admission = std::make_unique<fickle>();
+    CHECK_OK(make_policy(eviction_policies(), "lru", shape, nullptr, 0, c.eviction));
+    CHECK_OK(make_policy(schedulers(), "gpu-only", shape, nullptr, 0, c.schedule));
+    CHECK_OK(make_policy(prefetchers(), "none", shape, nullptr, 0, c.prefetch));
+    std::unique_ptr<runtime> rt;
+    CHECK_OK(runtime::create(std::move(c), rt));
+    double now_us = 0.0;
+    for (int32_t first = 0; first < 12; first += 3) {
+        const int32_t ids[] = {first, first + 1, first + 2, first + 3};
+        layer_event e;
+        e.top_k            = 4;
+        e.ids              = ids;
+        const decision * d = nullptr;
+        CHECK_OK(rt->on_layer(e, now_us, d));
+        CHECK_EQ(d->plan.n_gpu, 4);
+        for (size_t i = 0; i < d->slots.size(); ++i) {
+            CHECK(d->slots[i] >= 0);
+        }
+        for (const transfer & t : d->transfers) {
+            CHECK(t.kind == transfer_kind::demand && t.slot >= 0);
+        }
+        now_us += d->plan.makespan_us;
+        deliver(*rt, now_us);
+        rt->on_layer_done();
+    }
+}
+
 } // namespace
 
 int main() {
@@ -118,5 +164,6 @@ int main() {
     b.eviction        = "ema";
     CHECK(run(a, 1, 60, 20, ignored) != run(b, 1, 60, 20, ignored));
     slots_of_two_cards_are_one_cache();
+    no_scratch_without_scratch();
     return check::report("runtime");
 }
