@@ -24,8 +24,8 @@ HYBRIMOE_API const char * hybrimoe_version(void);
 // the interface (hybrimoe_check_ggml).
 HYBRIMOE_API const char * hybrimoe_ggml_version(void);
 
-// What the plug-in was compiled to expect of ggml, as one JSON object: the backend APIs it speaks, numbers of operations
-// and types, places in a tensor. Two plug-ins with equal texts fit the same releases.
+// What the plug-in was compiled to expect of ggml, as one JSON object: the backend APIs it speaks, numbers of
+// operations and types, places in a tensor. Two plug-ins with equal texts fit the same releases.
 HYBRIMOE_API const char * hybrimoe_ggml_interface(void);
 
 // Binds the plug-in to the ggml that is found through `library`, a handle of dlopen() whose library is, or depends on,
