@@ -85,7 +85,7 @@ def test_any_device_serves_as_accelerator() -> None:
         assert are_times(probe.sync(3), 3)
         for n_active, n_tokens in ((1, 1), (8, 1), (4, 5)):
             assert are_times(probe.run(n_active, n_tokens, 2), 2)
-        read, copied = probe.together(1, 4 << 20, 0.01)
+        read, copied = probe.together(1, 4 << 20, 0.2)
         assert read > 0 and copied > 0
         with pytest.raises(HybrimoeError, match="out of range"):
             probe.copy(CopyKind.H2D_PAGEABLE, 1 << 30, 1)
