@@ -66,7 +66,6 @@ class LiveRecorder:
         ring: the instance's recording.
         on_failure: called once, from the recorder's thread, when the file cannot be written any more.
         source: for people: tool, command, options.
-        on_read: is given everything that was read: the ring has one reader.
     """
 
     def __init__(
@@ -77,7 +76,6 @@ class LiveRecorder:
         *,
         on_failure: Callable[[str], None] = lambda text: None,
         source: Mapping[str, Any] | None = None,
-        on_read: Callable[[list[Pass]], None] | None = None,
     ) -> None:
         self.path = path
         self.failure = ""
@@ -87,7 +85,6 @@ class LiveRecorder:
         self._model = identity_of(model)
         self._source = dict(source or {})
         self._on_failure = on_failure
-        self._on_read = on_read
         self._writer: TraceWriter | None = None
         self._pending: list[Pass] = []
         self._n_values = self._n_periods = self._n_costs = 0
@@ -144,10 +141,7 @@ class LiveRecorder:
 
     def _take(self) -> None:
         """Reads the ring; marks warm-up steps and the first steps of prompts."""
-        passes = self._ring.read()
-        if self._on_read is not None and passes:
-            self._on_read(passes)
-        for one in passes:
+        for one in self._ring.read():
             for i in (one.events["type"] == Note.STEP).nonzero()[0]:
                 step = one.events[i]
                 is_decode = step["a"] == StepKind.DECODE
