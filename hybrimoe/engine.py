@@ -32,6 +32,7 @@ from hybrimoe.llama_seam import Loader, LoadSettings
 from hybrimoe.native.backend_modules import backend_module_paths, device_names, load_backend_modules
 from hybrimoe.native.plugin import LayerCounters, Plugin, ggml_library, load_plugin
 from hybrimoe.placement import Placement, buffer_types
+from hybrimoe.trace.identity import identity_of
 from hybrimoe.trace.live import LiveRecorder, check_target, ring_bytes
 
 # (ggml type, bytes per element) of the KV cache types that llama.cpp accepts (`kv_cache_types` in common/arg.cpp).
@@ -226,7 +227,7 @@ class Engine(llama_cpp.Llama):  # type: ignore[misc]
             self.recorder = LiveRecorder(
                 self.plugin.trace_ring(self.plugin_instance),
                 self.options.trace,
-                self.info,
+                identity_of(self.info),
                 on_failure=self._on_trace_failure,
                 source={"tool": "hybrimoe --trace", "plug-in": self.plugin.version},
             )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +37,6 @@ class Host:
         self._command = command
         self._more = more
         self._model = model
-        self._started_s = time.monotonic()
         self._library: Library = plugin_library()
         self._told: dict[str, Any] = {}
         self._lock = threading.Lock()
@@ -68,7 +66,7 @@ class Host:
         """Hands the facts over. Thread-safe."""
         with self._lock:
             facts = self._facts()
-            if {**facts, "uptime_s": 0} != {**self._told, "uptime_s": 0}:
+            if facts != self._told:
                 self._library.set_host_facts(facts)
                 self._told = facts
 
@@ -88,11 +86,7 @@ class Host:
 
     def _facts(self) -> dict[str, Any]:
         engine = self.engine
-        head = {
-            "command": self._command,
-            "uptime_s": time.monotonic() - self._started_s,
-            **self._more(),
-        }
+        head = {"command": self._command, **self._more()}
         if engine is None:
             return {**head, "phase": "loading", "model": {"name": self._model}}
         info = engine.info

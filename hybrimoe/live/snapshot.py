@@ -98,7 +98,7 @@ def live_snapshot(now: Raw, before: Raw | None) -> dict[str, Any]:
         "version": SCHEMA_VERSION,
         "pid": now["pid"],
         "command": host.get("command") or now.get("program", ""),
-        "uptime_s": round(float(host.get("uptime_s") or now["uptime_s"]), 1),
+        "uptime_s": round(now["uptime_s"], 1),
         **{name: host[name] for name in ("url", "requests") if name in host},
     }
     phase = host.get("phase") or ("loading" if not now["instances"] else None)

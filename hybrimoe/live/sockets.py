@@ -7,7 +7,6 @@ import json
 import os
 import re
 import socket
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,33 +128,42 @@ class Observer:
 
 @dataclass
 class TraceStream:
-    """Recorded passes as they come. `head` is the snapshot of the instance that records, with its state and trace."""
+    """Recorded passes as they come.
+
+    Attributes:
+        head: the snapshot of the instance that records, with its state and trace.
+        has_ended: the process has, or its instance; what came before may still be read.
+    """
 
     head: dict[str, Any]
     connection: socket.socket
     received: bytearray
+    has_ended: bool = False
 
-    def messages(self) -> Iterator[bytes]:
-        """One pass after the other (hybrimoe_trace_pass and its arrays), b"" after each second without one, until the
-        process ends."""
-        buffer = self.received
-        self.connection.settimeout(1.0)
-        while True:
-            while len(buffer) >= 8:
-                n_bytes = int.from_bytes(buffer[:8], "little")
-                if not 8 <= n_bytes <= _MAX_PASS_BYTES:
-                    return
-                if len(buffer) < n_bytes:
-                    break
-                yield bytes(buffer[:n_bytes])
-                del buffer[:n_bytes]
+    @property
+    def instance(self) -> dict[str, Any]:
+        return dict(self.head["instances"][0])
+
+    def read(self) -> bytes:
+        """All whole passes (hybrimoe_trace_pass and its arrays) that have come since the last call. Does not wait."""
+        while not self.has_ended:
             try:
-                piece = self.connection.recv(_PIECE_BYTES)
-            except TimeoutError:
-                yield b""
-                continue
+                piece = self.connection.recv(_PIECE_BYTES, socket.MSG_DONTWAIT)
+            except (BlockingIOError, TimeoutError):
+                break
             except OSError:
-                return
-            if not piece:
-                return
-            buffer += piece
+                piece = b""
+            self.has_ended = not piece
+            self.received += piece
+        end = 0
+        while len(self.received) - end >= 8:
+            n_bytes = int.from_bytes(self.received[end : end + 8], "little")
+            if not 8 <= n_bytes <= _MAX_PASS_BYTES:
+                self.has_ended = True
+                break
+            if end + n_bytes > len(self.received):
+                break
+            end += n_bytes
+        whole = bytes(self.received[:end])
+        del self.received[:end]
+        return whole
