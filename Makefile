@@ -11,7 +11,7 @@ SAN    ?=
 PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help chat setup dev test test-all test-native fuzz lint format docs reproduce clean
+.PHONY: help chat setup dev test test-all test-hosts test-native fuzz lint format docs reproduce clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -28,6 +28,9 @@ test: dev  ## the test suite
 
 test-all: dev  ## the whole suite, slow tests too
 	@$(PYTEST)
+
+test-hosts: dev  ## the plug-in in llama.cpp's own programs: the pin's (built once: many minutes) and a distribution's
+	@$(PY) -m pytest -m hosts tests/hosts
 
 test-native: dev  ## the native tests alone; SAN=address or SAN=thread builds them with sanitizers
 	@$(PY) tools/test_native.py --sanitize "$(SAN)"

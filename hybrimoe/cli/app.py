@@ -49,13 +49,14 @@ def make_app() -> typer.Typer:
     options.command(app, "run", _run, RUN_COMMAND_OPTIONS, "[MODEL] [PROMPT or -]")
     options.command(app, "serve", _serve, SERVE_COMMAND_OPTIONS, "[MODEL]")
     options.command(app, "plan", _plan, PLAN_COMMAND_OPTIONS, "[MODEL]")
-    from hybrimoe.cli import bench, doctor, models, probe, profile, simulate, top, trace
+    from hybrimoe.cli import bench, doctor, models, plugin, probe, profile, simulate, top, trace
 
     options.command(app, "bench", _bench, bench.BENCH_OPTIONS, "MODEL")
     options.command(app, "profile", _profile, profile.PROFILE_OPTIONS, "[MODEL]")
 
     app.add_typer(models.make_app(), name="models")
     app.add_typer(trace.make_app(), name="trace")
+    app.add_typer(plugin.make_app(), name="plugin")
     simulate.add_to(app)
     doctor.add_to(app)
     probe.add_to(app)

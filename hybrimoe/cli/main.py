@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 
-from hybrimoe.errors import EXIT_INTERRUPTED
+TYPE_CHECKING = False  # as in typing, whose import would take longer than all of this
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -15,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return run_app(sys.argv[1:] if arguments is None else arguments)
     except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+        return 130  # errors.EXIT_INTERRUPTED; what was interrupted may be its import
 
 
 if __name__ == "__main__":

@@ -103,7 +103,8 @@ def _serve(settings: Settings, path: Path, api_key: str | None, bound: Any) -> i
     service = Service(
         worker,
         LiveSampler(host.read),
-        Defaults(names, sampling(settings), settings.n_predict),
+        # What an earlier request left in the KV cache was rounded by other kernels (docs/reproducibility.md).
+        Defaults(names, sampling(settings), settings.n_predict, cache_prompt=not settings.reproducible),
         Metrics(host.read) if settings.metrics else None,
         on_failure=lambda error: _log_failure(error, settings.verbose),
         on_answer=_log_answer,

@@ -253,6 +253,9 @@ def _positive(value: Any, name: str, *, zero: bool = False) -> float:
     return number
 
 
+_PARTS = "parts: link=pcie3, ram=ddr4, gpu=rtx3060, gpus=2, vram=16GiB, cores=8"
+
+
 def _changed(machine: Machine, change: str) -> Machine:
     """The machine with one part replaced; `change` is `part=value`."""
     part, _, value = change.partition("=")
@@ -281,8 +284,5 @@ def _changed(machine: Machine, change: str) -> Machine:
 
             return replace(machine, gpu=replace(machine.gpu, vram_bytes=_positive(parse_size(value), part)))
     except ValueError as error:
-        raise UsageError(f"'{change}' cannot replace a part of '{machine.name}': {error}") from error
-    raise UsageError(
-        f"'{change}' names no part of '{machine.name}'",
-        "parts: link=pcie3, ram=ddr4, gpu=rtx3060, gpus=2, vram=16GiB, cores=8",
-    )
+        raise UsageError(f"'{change}' cannot replace a part of '{machine.name}': {error}", _PARTS) from error
+    raise UsageError(f"'{change}' names no part of '{machine.name}'", _PARTS)

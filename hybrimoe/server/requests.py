@@ -94,6 +94,7 @@ class Defaults:
     names: tuple[str, ...]
     sampling: Sampling
     n_predict: int = -1
+    cache_prompt: bool = True
 
 
 _Request = TypeVar("_Request", bound=BaseModel)
@@ -228,7 +229,8 @@ def work_of(
         try:
             # Grammars, biases and the least number of tokens, as the package reads them.
             prepare_request_resources(request, lambda _model: engine, defaults.names[0], arguments)
-            if not request.cache_prompt:
+            is_given = "cache_prompt" in request.model_fields_set
+            if not (request.cache_prompt if is_given else defaults.cache_prompt):
                 engine.reset()
             is_chat = isinstance(request, ChatRequest)
             answer = (engine.create_chat_completion if is_chat else engine.create_completion)(**arguments)

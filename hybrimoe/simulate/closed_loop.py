@@ -41,6 +41,7 @@ __all__ = [
 WINDOW = 32  # tokens
 MOST_TOKENS = 1 << 20  # of a run: some minutes
 _TOKENS_AFTER_CHANGES = 512
+_MOST_CARDS = 8  # of the core
 # CPU reads and copies together, over what the CPU reads alone, where a profile has no ceiling: dual-channel desktops
 # reach 44-45 GB/s together and 37-38 alone, servers more.
 _CEILING_OVER_CPU = 1.3
@@ -278,6 +279,9 @@ def _hardware(changes: MachineChanges, model: ModelIdentity) -> tuple[Mapping[st
             raise from_os_error(error, "open the machine in 'profile'") from error
     else:
         hardware = Hardware("costs", None, changes.profile)
+    card = hardware.machine.gpu if hardware.machine is not None else None
+    if card is not None and card.count > _MOST_CARDS:
+        raise UsageError(f"'{hardware.name}' has more than {_MOST_CARDS} cards", f"give it gpus={_MOST_CARDS} or fewer")
     try:
         _, gap_us = hardware.costs(model)
         section = _with_ceiling(hardware, model)

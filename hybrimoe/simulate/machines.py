@@ -42,7 +42,7 @@ class Hardware:
         if self.machine is not None:
             if not model.knows_bytes:
                 raise UsageError(
-                    f"--profile needs the bytes of an expert, and the trace of '{model.name}' does not know them",
+                    f"a machine's times need an expert's bytes, and the trace of '{model.name}' does not know them",
                     "import it with --expert-bytes SIZE",
                 )
             macs = model.expert_macs if model.expert_macs and min(model.expert_macs) > 0 else None

@@ -70,10 +70,14 @@ def attach(
         failures: list[str] = []
         source = {"tool": "hybrimoe trace record --attach", "program": stream.head.get("program", "")}
         recorder = LiveRecorder(
-            _Stream(path, stream), output, _identity(path, stream), source=source, on_failure=failures.append
+            _Stream(path, stream),
+            output,
+            _identity(path, stream),
+            source=source,
+            on_failure=failures.append,
+            warms_up=False,
         )
         made = Attached(recorder)
-        recorder.end_warm_up()
         try:
             while not stream.has_ended and not failures and (n_tokens is None or recorder.n_tokens < n_tokens):
                 time.sleep(_POLL_S)

@@ -76,6 +76,7 @@ class LiveRecorder:
         ring: the instance's recording, of this process or another one.
         on_failure: called once, from the recorder's thread, when the file cannot be written any more.
         source: for people: tool, command, options.
+        warms_up: what runs before `end_warm_up` is no answer.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class LiveRecorder:
         *,
         on_failure: Callable[[str], None] = lambda text: None,
         source: Mapping[str, Any] | None = None,
+        warms_up: bool = True,
     ) -> None:
         self.path = path
         self.failure = ""
@@ -98,7 +100,7 @@ class LiveRecorder:
         self._writer: TraceWriter | None = None
         self._pending: list[Pass] = []
         self._n_values = self._n_periods = self._n_costs = 0
-        self._is_warm_up, self._is_new_prompt, self._was_decode = True, True, True
+        self._is_warm_up, self._is_new_prompt, self._was_decode = warms_up, True, True
         self._process = os.getpid()
         self._lock = threading.Lock()  # one reader at a time: the thread, or the engine between two steps
         self._ended = threading.Event()

@@ -58,6 +58,11 @@ const char * hybrimoe_ggml_version(void) {
     return HYBRIMOE_GGML_VERSION;
 }
 
+const char * hybrimoe_ggml_interface(void) {
+    static const std::string text = hybrimoe::describe(hybrimoe::compiled_facts());
+    return text.c_str();
+}
+
 const char * hybrimoe_check_ggml(void * library) {
     const std::string & mismatch = mismatch_of(library);
     return mismatch.empty() ? nullptr : mismatch.c_str();

@@ -1,6 +1,6 @@
 #include "cpu_executor.h"
 
-#include "running_ggml/binding.h"
+#include "running_ggml/loaded_library.h"
 #include "running_ggml/tables.h"
 
 #include <algorithm>

@@ -4,9 +4,11 @@
 #include "counters.h"
 #include "dispatch.h"
 #include "hybrimoe.h"
+#include "json_text.h"
 #include "observer/host.h"
 #include "observer/observer.h"
 #include "running_ggml/binding.h"
+#include "running_ggml/loaded_library.h"
 #include "running_ggml/other_builds.h"
 #include "running_ggml/probe.h"
 #include "running_ggml/tables.h"
@@ -14,6 +16,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <memory>
@@ -315,6 +318,20 @@ ggml_backend_reg_t registry() {
     return reinterpret_cast<ggml_backend_reg_t>(&the_registry);
 }
 
+// One line of JSON on stderr for `hybrimoe plugin list`, which asks programs so: what fits the host's ggml.
+void tell_probe(const char * mismatch, const other_build & other) {
+    const bool is_bound               = is_ggml_bound();
+    const nlohmann::ordered_json told = {
+        {"hybrimoe_probe", 1},
+        {"ggml", is_bound ? ggml_version() : ""},
+        {"backend_api", is_bound ? running_api_version() : 0},
+        {"reason", mismatch == nullptr ? "" : mismatch},
+        {"fits", mismatch == nullptr || !other.path.empty()},
+        {"other_build", other.path},
+    };
+    std::fprintf(stderr, "%s\n", told.dump().c_str());
+}
+
 } // namespace
 
 } // namespace hybrimoe
@@ -323,15 +340,21 @@ extern "C" {
 
 HYBRIMOE_API ggml_backend_reg_t ggml_backend_init(void);
 
-// ggml calls this once it has loaded the library.
+// ggml calls this once it has loaded the library. With HYBRIMOE_PROBE set it only tells what it found.
 ggml_backend_reg_t ggml_backend_init(void) {
-    void * ggml           = hybrimoe::library_of(__builtin_return_address(0));
-    const char * mismatch = hybrimoe_check_ggml(ggml);
-    if (mismatch == nullptr) {
-        return hybrimoe::registry();
+    using namespace hybrimoe;
+    void * ggml             = library_of(__builtin_return_address(0));
+    const char * mismatch   = hybrimoe_check_ggml(ggml);
+    const other_build other = mismatch == nullptr ? other_build{} : find_build_that_fits(ggml);
+    if (std::getenv("HYBRIMOE_PROBE") != nullptr) {
+        tell_probe(mismatch, other);
+        return nullptr;
     }
-    if (const auto init = hybrimoe::find_build_that_fits(ggml)) {
-        return init();
+    if (mismatch == nullptr) {
+        return registry();
+    }
+    if (other.init != nullptr) {
+        return other.init();
     }
     std::fprintf(stderr,
                  "error: the HybriMoE plug-in cannot be used here: %s\n"

@@ -1,8 +1,8 @@
 """Fetch llama.cpp's ggml headers from the sdist of the pinned llama-cpp-python release.
 
-pip installs only ggml's public headers; a backend also needs `ggml-backend-impl.h`. The sdist is fetched through pip,
-checked against the hash in `llama_cpp_release.txt`, and the headers are kept in the user's cache, so that a second
-build needs no network. Prints the include folder on stdout. Also fetches the JSON library that llama.cpp bundles.
+The sdist is fetched through pip, checked against the hash in `llama_cpp_release.txt`, and the headers are kept in the
+user's cache, so that a second build needs no network. Prints the include folder on stdout. Also fetches the JSON
+library that llama.cpp bundles, and `ggml-backend-impl.h`, with which the tests compare our own declaration.
 """
 
 from __future__ import annotations

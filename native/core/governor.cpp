@@ -81,6 +81,9 @@ void governor::end_layer(const layer_event & event, const decision & made, const
     s.tried          = event.trial.what;
     s.price_us       = made.is_tried ? std::max(0.0, timing.span_us - timing.overhead_us - made.untried_us) : 0.0;
     price_us_ += s.price_us;
+    if (made.refused_us > 0.0) {
+        trials_.on_refused(event.trial.what, made.refused_us);
+    }
     for (auto & loads : s.loads) {
         loads.clear();
     }

@@ -239,6 +239,7 @@ status runtime::on_layer(const layer_event & e, double now_us, const decision *&
     HYBRIMOE_TRY(plan_layer(*schedule_, problem, decision_.plan)); // cannot fail: costs and event were checked
     decision_.is_tried   = false;
     decision_.untried_us = decision_.plan.makespan_us;
+    decision_.refused_us = 0.0;
     if (e.trial.wanted && e.trial.what.kind != resource_kind::link) {
         try_compute(e, problem);
     }
@@ -467,8 +468,11 @@ void runtime::try_compute(const layer_event & e, const layer_problem & problem) 
         }
     }
     double makespan_us = 0.0;
-    if (best < 0 || !plan_with(problem, decision_.plan, best, device, tried_, makespan_us).ok() ||
-        makespan_us - decision_.untried_us > e.trial.budget_us) {
+    if (best < 0 || !plan_with(problem, decision_.plan, best, device, tried_, makespan_us).ok()) {
+        return;
+    }
+    if (makespan_us - decision_.untried_us > e.trial.budget_us) {
+        decision_.refused_us = makespan_us - decision_.untried_us;
         return;
     }
     std::swap(decision_.plan, tried_);

@@ -65,6 +65,7 @@ struct decision {
 
     bool is_tried     = false; // the event's trial is part of the plan
     double untried_us = 0.0;   // makespan of the plan without it
+    double refused_us = 0.0;   // what the event's trial would have taken longer, which is more than its budget
 };
 
 struct runtime_stats {

@@ -39,11 +39,16 @@ int trials::pause_of(const candidate & c, int64_t pass) const {
 }
 
 void trials::next_pass(const cost_estimator & costs, double pass_us) {
-    const int64_t pass = costs.pass();
+    const int64_t pass  = costs.pass();
+    double saved_for_us = 0.0;
     for (candidate & c : candidates_) {
         const cost_state s = costs.state(c.what);
-        c.last_pass        = std::max(c.last_pass, s.last_pass);
-        c.is_suspect       = s.slowdown > suspect_slowdown;
+        if (s.last_pass > c.last_pass) {
+            c.saved_for_us = 0.0; // it is used
+        }
+        saved_for_us = std::max(saved_for_us, c.saved_for_us);
+        c.last_pass  = std::max(c.last_pass, s.last_pass);
+        c.is_suspect = s.slowdown > suspect_slowdown;
         if (s.changed_pass > c.changed_pass) {
             c.changed_pass = s.changed_pass;
             c.wait         = first_wait;
@@ -54,8 +59,28 @@ void trials::next_pass(const cost_estimator & costs, double pass_us) {
     const double age     = changed_pass_ < 0 ? options_.share_passes : static_cast<double>(pass - changed_pass_);
     const double falling = std::max(0.0, 1.0 - age / options_.share_passes);
     const double share   = options_.share + (options_.first_share - options_.share) * falling;
-    const double most    = credit_passes * share * pass_us;
-    credit_us_           = std::min(credit_us_ + share * pass_us, std::max(most, credit_us_));
+    const double usual   = credit_passes * share * pass_us;
+    // What is believed so slow that the usual credit never pays for a trial would stay unused for good: credit is saved
+    // until it does. What is left of that is not kept.
+    if (saves_ && saved_for_us == 0.0) {
+        credit_us_ = std::min(credit_us_, usual);
+    }
+    saves_            = saved_for_us > 0.0;
+    const double most = std::max(usual, saved_for_us);
+    credit_us_        = std::min(credit_us_ + share * pass_us, std::max(most, credit_us_));
+}
+
+trials::candidate * trials::find(const resource & what) {
+    const auto at = std::find_if(candidates_.begin(), candidates_.end(), [&what](const candidate & c) {
+        return c.what.kind == what.kind && c.what.device == what.device;
+    });
+    return at == candidates_.end() ? nullptr : &*at;
+}
+
+void trials::on_refused(const resource & what, double price_us) {
+    if (candidate * c = find(what)) {
+        c->saved_for_us = price_us;
+    }
 }
 
 trial_request trials::next(const cost_estimator & costs) {
@@ -82,16 +107,14 @@ void trials::on_tried(const resource & what, double price_us, const cost_estimat
     credit_us_ -= price_us;
     spent_us_ += price_us;
     ++n_trials_;
-    for (candidate & c : candidates_) {
-        if (c.what.kind != what.kind || c.what.device != what.device) {
-            continue;
-        }
+    if (candidate * c = find(what)) {
         const cost_state s  = costs.state(what);
         const bool surprise = s.last_pass >= costs.pass() && s.last_ratio < surprise_ratio;
-        c.n_follow_ups      = surprise ? (c.n_follow_ups > 0 ? c.n_follow_ups - 1 : n_follow_ups) : 0;
-        c.wait              = surprise ? first_wait : std::min(2 * c.wait, options_.calibrated_wait);
-        c.last_pass         = costs.pass();
-        c.is_due            = false;
+        c->n_follow_ups     = surprise ? (c->n_follow_ups > 0 ? c->n_follow_ups - 1 : n_follow_ups) : 0;
+        c->wait             = surprise ? first_wait : std::min(2 * c->wait, options_.calibrated_wait);
+        c->last_pass        = costs.pass();
+        c->is_due           = false;
+        c->saved_for_us     = 0.0;
     }
 }
 

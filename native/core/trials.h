@@ -42,6 +42,9 @@ public:
     // asked of the estimator.
     void on_tried(const resource & what, double price_us, const cost_estimator & costs);
 
+    // A trial was not made, because it would have taken price_us longer: more than its budget. Credit is saved for it.
+    void on_refused(const resource & what, double price_us);
+
     double credit_us() const { return credit_us_; }
     double spent_us() const { return spent_us_; } // on trials so far
     int64_t n_trials() const { return n_trials_; }
@@ -52,17 +55,20 @@ private:
         int wait             = 0; // passes without a sample until it is due, where it is as calibrated
         int64_t last_pass    = 0; // of its last sample or trial
         int64_t changed_pass = -1;
-        int n_follow_ups     = 0; // trials left after one that was faster than believed
+        int n_follow_ups     = 0;   // trials left after one that was faster than believed
+        double saved_for_us  = 0.0; // what a trial would take, for which the credit did not last so far
         bool is_due          = false;
         bool is_suspect      = false;
     };
     int pause_of(const candidate & c, int64_t pass) const;
+    candidate * find(const resource & what);
 
     trial_options options_;
     std::vector<candidate> candidates_;
     size_t turn_      = 0;
     double credit_us_ = 0.0, spent_us_ = 0.0;
-    int64_t changed_pass_ = -1; // of any
+    int64_t changed_pass_ = -1;    // of any
+    bool saves_           = false; // more than what is usually kept, for a dear trial
     int64_t n_trials_     = 0;
 };
 

@@ -24,6 +24,10 @@ HYBRIMOE_API const char * hybrimoe_version(void);
 // the interface (hybrimoe_check_ggml).
 HYBRIMOE_API const char * hybrimoe_ggml_version(void);
 
+// What the plug-in was compiled to expect of ggml, as one JSON object: the backend APIs it speaks, numbers of
+// operations and types, places in a tensor. Two plug-ins with equal texts fit the same releases.
+HYBRIMOE_API const char * hybrimoe_ggml_interface(void);
+
 // Binds the plug-in to the ggml that is found through `library`, a handle of dlopen() whose library is, or depends on,
 // libggml (NULL: wherever the process has it), and compares what ggml says of its operations, types, structures and
 // tables with what the plug-in was compiled with. Returns why that ggml cannot be used, or NULL when it can. The first
@@ -39,9 +43,8 @@ HYBRIMOE_API const char * hybrimoe_check_ggml(void * library);
 //   "n_cpu_layers"      the first layers that have no slots
 //   "cache_policy", "schedule", "prefetch", "admission"   policies of the core, "name" or "name:param=value,..."
 //   "guard", "live_costs", "pin_experts", "log_to_stderr" true or false
-//   "reproducible"      true: experts stay where set-up put them, whole layers at a time, and nothing is copied while
-//   the
-//                       model runs; policies, "guard", "live_costs", "costs" and "state_path" have no effect then
+//   "reproducible"      true: whole layers stay where set-up put them, and nothing is copied while the model runs;
+//                       policies, "guard", "live_costs", "costs" and "state_path" have no effect then
 //   "costs"             null (measured at the start), the cost section of a calibration, or for every expert alike
 //                       {"cpu_us", "cpu_first_us", "gpu_us", "copy_us"}
 //   "pin_threads"       processors of the CPU kernels' threads: thread i on pin_threads[i], the first one free
@@ -61,15 +64,15 @@ HYBRIMOE_API int hybrimoe_configure(const char * json, char * error, size_t erro
 // The id of the instance that the calling thread created last, 0 if none.
 HYBRIMOE_API uint64_t hybrimoe_last_instance(void);
 
-// What is known about this process and its instances, as one JSON object on one line: the same that the observer's socket
-// serves (docs/observability.md has all of its members). `request` is a line of words: `instance=N` (default: all),
-// `after=N` (events after number N), and the parts that are wanted: counters, state, residency, events, heat, trace;
-// without one (or NULL) all but trace. Writes at most `size` bytes with the terminating 0 and returns the length that
-// the whole text has, or -1 when memory ran out. Never makes a step of the model wait.
+// What is known about this process and its instances, as one JSON object on one line: the same that the observer's
+// socket serves (docs/observability.md has all of its members). `request` is a line of words: `instance=N` (default:
+// all), `after=N` (events after number N), and the parts that are wanted: counters, state, residency, events, heat,
+// trace; without one (or NULL) all but trace. Writes at most `size` bytes with the terminating 0 and returns the length
+// that the whole text has, or -1 when memory ran out. Never makes a step of the model wait.
 HYBRIMOE_API int64_t hybrimoe_snapshot(const char * request, char * out, size_t size);
-// What the host wants to be known of itself: one JSON object of at most 64 KiB, which snapshots hold as `host`; the last
-// one holds. Starts the observer where the settings ask for it, even if no model uses the plug-in. Returns 0, or -1 with
-// a message in `error` and nothing changed.
+// What the host wants to be known of itself: one JSON object of at most 64 KiB, which snapshots hold as `host`; the
+// last one holds. Starts the observer where the settings ask for it, even if no model uses the plug-in. Returns 0, or
+// -1 with a message in `error` and nothing changed.
 HYBRIMOE_API int hybrimoe_set_host_facts(const char * json, char * error, size_t error_size);
 // The folder of this user's observer sockets, which need not exist. Writes and returns as hybrimoe_snapshot.
 HYBRIMOE_API int64_t hybrimoe_runtime_folder(char * out, size_t size);

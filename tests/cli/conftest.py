@@ -34,12 +34,12 @@ class Outcome:
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user without config file, history and models; LLAMA_ARG_* are unset."""
+    """A user without config file, history and models; LLAMA_ARG_* and the like are unset."""
     for name in ("CONFIG", "STATE", "DATA", "CACHE"):
         monkeypatch.setenv(f"XDG_{name}_HOME", str(tmp_path / name.lower()))
     monkeypatch.setenv("HYBRIMOE_MODELS", str(tmp_path / "models"))
     for name in list(os.environ):
-        if name.startswith("LLAMA_ARG_"):
+        if name.startswith("LLAMA_ARG_") or name == "HYBRIMOE_REPRODUCIBLE":
             monkeypatch.delenv(name)
     monkeypatch.setenv("COLUMNS", "200")
     # Spinning OpenMP threads starve each other when tests share the machine.

@@ -118,6 +118,9 @@ def test_bad_files(call: Call, trace: Path, changes: Path) -> None:
         ("no JSON", "is not valid JSON"),
         ('{"profile": "rtx1", "phases": [{"from_token": 0}]}', "no such machine: 'rtx1'"),
         ('{"profile": "cpu-only-ddr5", "phases": [{"from_token": 0}]}', "has no card"),
+        ('{"profile": "rtx3060-pcie4-ddr4:gpus=0", "phases": [{"from_token": 0}]}', "must be from 1 to"),
+        ('{"profile": "rtx3060-pcie4-ddr4:gpus=x", "phases": [{"from_token": 0}]}', "cannot replace a part"),
+        ('{"profile": "rtx3060-pcie4-ddr4:gpus=9", "phases": [{"from_token": 0}]}', "more than 8 cards"),
         ('{"profile": "rtx3060-pcie4-ddr4", "phases": [{"from_token": 5}]}', "must begin with token 0"),
     ):
         changes.write_text(content, encoding="utf-8")

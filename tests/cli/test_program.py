@@ -220,6 +220,36 @@ def test_interrupting_at_any_time(start: Any, model: str, delay_s: float) -> Non
         assert b"Traceback" not in err and b"Exception ignored" not in err
 
 
+INTERRUPTED_IMPORT = """
+import os, signal, sys
+target = sys.argv.pop(1)
+class Finder:
+    def find_spec(self, name, path=None, to=None):
+        if name == target:
+            os.kill(os.getpid(), signal.SIGINT)
+from hybrimoe.cli.main import main
+sys.meta_path.insert(0, Finder())
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("module", ["hybrimoe.cli.app", "typer", "hybrimoe.errors", "hybrimoe.cli.bench", "llama_cpp"])
+def test_interrupting_an_import(home: Path, module: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_IMPORT, module, "--version"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=DEADLINE_S,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
+def test_nothing_of_ours_is_imported_before_an_interrupt_is_handled() -> None:
+    code = "import sys, hybrimoe.cli.main; print(*(name for name in sys.modules if name.startswith('hybrimoe')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=DEADLINE_S)
+    assert done.stdout.split() == ["hybrimoe", "hybrimoe.cli", "hybrimoe.cli.main"]
+
+
 def test_chat_answers_every_line_of_a_pipe(spawn: Spawn, model: str) -> None:
     lines = b"one\n\n/set temp 0\ntwo\n/nope\nthree\n"
     outcome = spawn("chat", model, "-n", "4", stdin=lines)

@@ -22,6 +22,7 @@ cache-policy = "mrs"
 expert-cache = "25%"
 prefetch = "impact"
 guard = "on"
+reproducible = false
 seed = 7
 cache-type-k = "f16"
 system-prompt = "Answer in one word."
@@ -55,31 +56,6 @@ CHAT = {
     "model": "toy",
     "system": "Be brief.",
     "messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}],
-}
-# All keys of hybrimoe_configure (native/include/hybrimoe.h).
-SETTINGS: dict[str, Any] = {
-    "cpu_kernels": "auto",
-    "devices": ["CPU"],
-    "expert_cache": {"bytes": 1048576},
-    "fit_margin_bytes": 1024,
-    "n_cpu_layers": 1,
-    "cache_policy": "mrs",
-    "schedule": "two-threshold",
-    "prefetch": "impact",
-    "admission": "pays",
-    "guard": True,
-    "live_costs": True,
-    "pin_experts": False,
-    "log_to_stderr": False,
-    "costs": {"cpu_us": 100, "cpu_first_us": 1, "gpu_us": 10, "copy_us": 50},
-    "max_batch_tokens": 512,
-    "state_path": "",
-    "trace": 0,
-    "trace_scores": True,
-    "trace_spans": False,
-    "route_trace": "",
-    "throttle_link_bytes_per_s": 0,
-    "faults": {"fail_copy_every": 3, "delay_copy_us": 5},
 }
 COSTS: dict[str, Any] = {
     "layer_class": [0, 0, 1],

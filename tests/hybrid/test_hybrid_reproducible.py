@@ -10,10 +10,6 @@ import pytest
 from hybrid_checks import settings_of, total
 from sides import Side, compare
 
-from hybrimoe.cli.main import main
-from hybrimoe.errors import UsageError
-from hybrimoe.expert_options import ExpertOptions
-
 DISTURBANCES: dict[str, dict[str, Any]] = {
     "slow copies": {"faults": {"delay_copy_us": 2000}},
     "a slow link": {"throttle_link_bytes_per_s": 1_000_000},
@@ -48,16 +44,25 @@ def test_equals_plain_llama_cpp(plain: Side, hybrid: Side, tiny_model: Callable[
     assert compare(plain.ask("logits", path, **options), got).is_equal
 
 
-@pytest.mark.parametrize(
-    "flags", [["--cache-policy", "lru"], ["--schedule", "cpu-only"], ["--prefetch", "path"], ["--guard", "on"]]
-)
-def test_flags_that_it_leaves_nothing_to_decide(capfd: pytest.CaptureFixture[str], flags: list[str]) -> None:
-    assert main(["run", "--reproducible", *flags, "--print-config"]) == 2
-    lines = capfd.readouterr().err.splitlines()
-    assert lines[0].startswith(f"error: --reproducible and {flags[0]} exclude each other") and len(lines) == 2
-
-
-def test_options_that_it_leaves_nothing_to_decide() -> None:
-    with pytest.raises(UsageError, match="exclude each other"):
-        ExpertOptions(reproducible=True, prefetch="path")._check_reproducible()
-    ExpertOptions(reproducible=True)._check_reproducible()
+def test_what_earlier_runs_kept_is_neither_read_nor_changed(
+    hybrid: Side, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    path, state = tiny_model("qwen3moe", "Q4_0"), tmp_path / "state.json"
+    options = {"prefill": [5], "decode": 12}
+    hybrid.ask(
+        "logits", path, settings=settings_of(expert_cache=5, cache_policy="lru", state_path=str(state)), **options
+    )
+    kept = state.read_bytes()
+    fixed = {"expert_cache": {"fraction": 0.5}, "reproducible": True}
+    without = hybrid.ask("logits", path, settings=settings_of(**fixed), **options)
+    for text in (kept, b"no state"):
+        state.write_bytes(text)
+        before = state.stat()
+        got = hybrid.ask("logits", path, settings=settings_of(**fixed, state_path=str(state)), **options)
+        assert compare(without, got).is_equal and got.facts["residency"] == without.facts["residency"]
+        assert not [line for line in got.facts["events"] if "cold" in line or "state" in line]
+        after = state.stat()
+        assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns) and state.read_bytes() == text
+    state.unlink()
+    hybrid.ask("logits", path, settings=settings_of(**fixed, state_path=str(state)), **options)
+    assert list(tmp_path.iterdir()) == []

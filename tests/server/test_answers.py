@@ -163,3 +163,24 @@ def test_a_prompt_is_computed_anew_where_that_is_asked_for(server: Any) -> None:
     assert server.chat("once", max_tokens=1)[1]["timings"]["cache_n"] > 0
     again = server.chat("once", max_tokens=1, cache_prompt=False)[1]["timings"]
     assert again["cache_n"] == 0 and again["prompt_n"] > 0
+
+
+def test_reproducible_answers_do_not_depend_on_what_was_asked_before(
+    serve: Any, tiny_model: Any, tmp_path: Any
+) -> None:
+    flags = ("--reproducible", "--device", "CPU", "--expert-cache", "50%", "--temp", "0", "-t", "2")
+    server = serve(str(tiny_model("mixtral")), *flags).wait_until_ready()
+    story = "once upon a time there was a small house"
+
+    def ask(text: str, **more: Any) -> tuple[Any, Any]:
+        status, answer = server.ask("/v1/completions", {"prompt": text, "max_tokens": 24, **more})
+        assert status == 200, answer
+        return answer["choices"][0]["text"], answer["timings"]["cache_n"]
+
+    first = ask(story)
+    assert first[1] == 0
+    for before in (story, "once upon a time", "something else"):
+        ask(before)
+        assert ask(story) == first
+    assert ask(story, cache_prompt=True)[1] > 0
+    assert ask(story, cache_prompt=None) == first

@@ -284,6 +284,24 @@ def test_wrong_beliefs_are_put_right(demo: Loaded, name: str, factor: float) -> 
         assert abs(math.log(getattr(loop.windows[-1].believed, name))) < 0.5 * math.log(10)
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        (
+            "waits",
+            MachineChanges(
+                MACHINE, (Phase(0), Phase(64, disturbance=Disturbance(waits_every_layers=1, waits_us=1e5)), Phase(84))
+            ),
+        ),
+        ("cpu", MachineChanges(MACHINE, (Phase(0), Phase(64, Factors(cpu=200.0)), Phase(124)))),
+    ],
+)
+def test_what_was_very_slow_is_not_given_up(demo: Loaded, name: str, changes: MachineChanges) -> None:
+    """A trial seems to cost more than the credit that is usually kept."""
+    loop = run_closed_loop(demo.core, demo.trace.model, changes, 8, n_tokens=6000, policy="mrs")
+    assert loop.worst_to_oracle_last_third <= 1.05, name
+
+
 # The bounds: tools/closed_loop_matrix.py has the scenarios.
 
 

@@ -31,6 +31,11 @@ struct context_deleter {
 };
 using context_ptr = std::unique_ptr<ggml_context, context_deleter>;
 
+struct event_deleter {
+    void operator()(ggml_backend_event * event) const { ggml_backend_event_free(event); }
+};
+using event_ptr = std::unique_ptr<ggml_backend_event, event_deleter>;
+
 class device_port {
 public:
     // Throws std::runtime_error when the device cannot be started.

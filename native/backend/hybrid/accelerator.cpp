@@ -8,18 +8,13 @@ accelerator::accelerator(ggml_backend_dev_t device, int index, const settings & 
     : port(device, index, config), share(std::make_unique<device_step>(*this)), compute(port),
       worker(port, config, clock) {
     for (int i = 0; port.has_events() && i < n_scratch_slots; i++) {
-        scratch_events.push_back(ggml_backend_event_new(device));
+        scratch_events.emplace_back(ggml_backend_event_new(device));
     }
     if (port.has_events()) {
-        end_event = ggml_backend_event_new(device);
+        end_event.reset(ggml_backend_event_new(device));
     }
 }
 
-accelerator::~accelerator() {
-    for (ggml_backend_event_t event : scratch_events) {
-        ggml_backend_event_free(event);
-    }
-    ggml_backend_event_free(end_event);
-}
+accelerator::~accelerator() = default; // here, where a device_step is known
 
 } // namespace hybrimoe

@@ -20,7 +20,7 @@ struct accelerator {
 
     // An event of the scratch slot's last user, recorded on the computing instance; null where there are no events.
     ggml_backend_event_t scratch_event(int slot) const {
-        return scratch_events.empty() ? nullptr : scratch_events[static_cast<size_t>(slot)];
+        return scratch_events.empty() ? nullptr : scratch_events[static_cast<size_t>(slot)].get();
     }
     const slot_set & of_layer(int layer) const { return slots[static_cast<size_t>(layer)]; }
     slot_set & of_layer(int layer) { return slots[static_cast<size_t>(layer)]; }
@@ -28,8 +28,8 @@ struct accelerator {
     device_port port;
     std::vector<slot_set> slots;   // per layer
     std::vector<slot_set> scratch; // per class: experts that prefill streams through
-    std::vector<ggml_backend_event_t> scratch_events;
-    ggml_backend_event_t end_event = nullptr; // of a step that is watched; null where there are no events
+    std::vector<event_ptr> scratch_events;
+    event_ptr end_event; // of a step that is watched; null where there are no events
 
     std::vector<int> wanted;                     // slots per layer, after set-up and before memory became scarce
     double shrink     = 1.0;                     // share of them that it has now

@@ -65,7 +65,7 @@ void device_step::launch(const std::vector<copy_order> & orders, bool looks) {
             pending_ = true;
             device_.worker.call(this, 0);
         } else if (looks && device_.end_event != nullptr) {
-            ggml_backend_event_record(device_.end_event, device_.port.compute());
+            ggml_backend_event_record(device_.end_event.get(), device_.port.compute());
             pending_ = true;
             device_.worker.call(this, watch_stage);
         }
@@ -126,7 +126,7 @@ void device_step::on_failure() noexcept {
 // Where the worker came too late to wait, it did not see the end.
 void device_step::watch_end() {
     const auto begin = std::chrono::steady_clock::now();
-    ggml_backend_event_synchronize(device_.end_event);
+    ggml_backend_event_synchronize(device_.end_event.get());
     seen_end_     = std::chrono::steady_clock::now();
     has_seen_end_ = std::chrono::duration<double, std::micro>(seen_end_ - begin).count() > least_wait_us;
 }

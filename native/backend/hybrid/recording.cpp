@@ -58,11 +58,11 @@ recording::recording(const common & shared) : shared_(shared) {
     const settings & config = shared.config;
     const bool for_host     = config.trace_bytes > 0;
     if (for_host || config.observe) {
-        recorder_ = std::make_unique<trace_recorder>(
-            static_cast<size_t>(for_host ? config.trace_bytes : observer_ring_bytes), for_host && config.trace_scores,
-            for_host && config.trace_spans);
-        feed_ = std::make_unique<trace_feed>(
-            [this](uint8_t * out, size_t size) { return recorder_->pop(out, size); }, for_host);
+        recorder_ =
+            std::make_unique<trace_recorder>(static_cast<size_t>(for_host ? config.trace_bytes : observer_ring_bytes),
+                                             for_host && config.trace_scores, for_host && config.trace_spans);
+        feed_ = std::make_unique<trace_feed>([this](uint8_t * out, size_t size) { return recorder_->pop(out, size); },
+                                             for_host);
     }
 }
 

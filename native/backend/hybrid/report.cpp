@@ -105,8 +105,8 @@ std::string hybrid::describe_residency() const {
 std::string hybrid::describe_state() const {
     std::lock_guard<std::mutex> lock(mutex_);
     nlohmann::json out;
-    out["phase"]    = phase_ == phase::learning ? "learning" : phase_ == phase::ready ? "ready" : "cpu-only";
-    out["layers"]   = nlohmann::json::array();
+    out["phase"]  = phase_ == phase::learning ? "learning" : phase_ == phase::ready ? "ready" : "cpu-only";
+    out["layers"] = nlohmann::json::array();
     for (int layer = 0; layer < shared_.book.n_layers(); layer++) {
         const known_layer & one = shared_.book.layer(layer);
         out["layers"].push_back({{"layer", one.llama_layer},

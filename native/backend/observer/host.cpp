@@ -65,8 +65,7 @@ std::string file_at(const void * data) {
 nlohmann::json describe_process() {
     process_facts & all = facts();
     std::lock_guard<std::mutex> lock(all.mutex);
-    const double uptime_s =
-        std::chrono::duration<double>(std::chrono::steady_clock::now() - all.begin).count();
+    const double uptime_s = std::chrono::duration<double>(std::chrono::steady_clock::now() - all.begin).count();
     return {{"version", HYBRIMOE_VERSION},
 #ifdef __unix__
             {"pid", static_cast<int64_t>(::getpid())},

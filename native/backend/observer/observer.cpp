@@ -40,7 +40,7 @@ using steady = std::chrono::steady_clock;
 
 constexpr size_t max_clients       = 8;
 constexpr size_t max_request_bytes = 4096;
-constexpr size_t piece_bytes       = size_t{1} << 20; // of a stream of passes
+constexpr size_t piece_bytes       = size_t{1} << 20;          // of a stream of passes
 constexpr auto client_patience     = std::chrono::seconds(10); // with an answer that is not taken
 constexpr auto idle_patience       = std::chrono::seconds(60); // without a request
 // The same request within this time gets the same answer: however often somebody asks, a step is disturbed rarely.
@@ -187,7 +187,7 @@ private:
             if (is_left_over(path_)) {
                 ::unlink(path_.c_str());
             }
-            listening_ = descriptor(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+            listening_                = descriptor(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
             const sockaddr_un address = address_of(path_);
             if (listening_.get() < 0) {
                 break;

@@ -1,7 +1,7 @@
-// The observer: a thread that serves what is known about this process to others of the same user, through a unix socket.
-// Requests are lines, answers are snapshots (observer/snapshot.h) or the recorded passes as they come; the protocol is
-// in docs/observability.md. It takes no lock that the computing thread takes while that computes, and ends with the
-// process.
+// The observer: a thread that serves what is known about this process to others of the same user, through a unix
+// socket. Requests are lines, answers are snapshots (observer/snapshot.h) or the recorded passes as they come; the
+// protocol is in docs/observability.md. It takes no lock that the computing thread takes while that computes, and ends
+// with the process.
 #pragma once
 
 #include <string>

@@ -1,5 +1,6 @@
-// How others learn what only the computing thread may look at without a lock: while it computes, it is asked and answers
-// between two blocks, so that it never waits for whoever asks. While it is idle, the one who asks looks for itself.
+// How others learn what only the computing thread may look at without a lock: while it computes, it is asked and
+// answers between two blocks, so that it never waits for whoever asks. While it is idle, the one who asks looks for
+// itself.
 #pragma once
 
 #include <atomic>

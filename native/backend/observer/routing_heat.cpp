@@ -20,8 +20,8 @@ void routing_heat::add(const hybrimoe_trace_pass & pass) {
     int32_t n_tokens    = 0;
     for (int64_t i = 0; i < pass.n_events; i++) {
         const hybrimoe_trace_event & e = events[i];
-        const bool is_routing = e.type == static_cast<int32_t>(trace_kind::layer) ||
-                                e.type == static_cast<int32_t>(trace_kind::routed);
+        const bool is_routing =
+            e.type == static_cast<int32_t>(trace_kind::layer) || e.type == static_cast<int32_t>(trace_kind::routed);
         if (!is_routing || e.layer < 0 || e.layer >= most_layers || e.offset < 0) {
             continue;
         }

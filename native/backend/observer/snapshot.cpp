@@ -21,12 +21,19 @@ using json_value = nlohmann::json;
 // Raised by one with every change that an older reader would misread.
 constexpr int schema_version = 1;
 
-enum part : unsigned { counters_part = 1, state_part = 2, residency_part = 4, events_part = 8, heat_part = 16, recording_part = 32 };
+enum part : unsigned {
+    counters_part  = 1,
+    state_part     = 2,
+    residency_part = 4,
+    events_part    = 8,
+    heat_part      = 16,
+    recording_part = 32
+};
 
 struct wanted {
-    uint64_t instance     = 0; // 0: all
-    uint64_t after        = 0; // number of an event
-    unsigned parts        = 0;
+    uint64_t instance = 0; // 0: all
+    uint64_t after    = 0; // number of an event
+    unsigned parts    = 0;
     std::string not_known;
     bool has(unsigned one) const { return (parts & one) != 0; }
 };
@@ -41,8 +48,8 @@ wanted parse(const std::string & request) {
     static constexpr struct {
         const char * name;
         unsigned part;
-    } names[] = {{"counters", counters_part},   {"state", state_part}, {"residency", residency_part},
-                 {"events", events_part},       {"heat", heat_part},   {"trace", recording_part}};
+    } names[] = {{"counters", counters_part}, {"state", state_part}, {"residency", residency_part},
+                 {"events", events_part},     {"heat", heat_part},   {"trace", recording_part}};
     wanted out;
     std::istringstream words(request);
     std::string word;
@@ -146,14 +153,14 @@ std::string describe(uint64_t id, const wanted & request) {
     }
     std::string out = "{\"id\":" + std::to_string(id);
     if (request.has(counters_part)) {
-        out += ",\"passes\":" + text_of(passes_of(data->passes)) + ",\"n_nodes_delegated\":" +
-               std::to_string(data->n_nodes_delegated.load(std::memory_order_relaxed)) +
+        out += ",\"passes\":" + text_of(passes_of(data->passes)) +
+               ",\"n_nodes_delegated\":" + std::to_string(data->n_nodes_delegated.load(std::memory_order_relaxed)) +
                ",\"counters\":" + text_of(counters_of(*data));
     }
     const bool is_shown = ask_instance(id, [&](const instance_view & view) {
-        const unsigned parts = (request.has(state_part) ? report_state : 0U) |
-                               (request.has(residency_part) ? report_residency : 0U) |
-                               (request.has(recording_part) ? report_trace : 0U);
+        const unsigned parts         = (request.has(state_part) ? report_state : 0U) |
+                                       (request.has(residency_part) ? report_residency : 0U) |
+                                       (request.has(recording_part) ? report_trace : 0U);
         const instance_report report = parts == 0 ? instance_report() : view.report(parts);
         for (const auto & [name, text] : {std::pair<const char *, const std::string &>{"state", report.state},
                                           {"residency", report.residency},

@@ -20,7 +20,7 @@ public:
     // See trace_ring::pop.
     using source = std::function<int64_t(uint8_t *, size_t)>;
 
-    static constexpr int host               = 0; // the reader behind hybrimoe_read_trace
+    static constexpr int host               = 0;                // the reader behind hybrimoe_read_trace
     static constexpr size_t most_kept_bytes = size_t{64} << 20; // for one reader who is slow
 
     // `for_host`: the host reads along from the start.

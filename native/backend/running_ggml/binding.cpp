@@ -1,4 +1,4 @@
-#include "binding.h"
+#include "running_ggml/binding.h"
 
 #include <cstdio>
 #include <cstdlib>
@@ -46,7 +46,7 @@ const function functions[] = {
 #undef HM_GGML_FUNCTION
 };
 
-bool is_bound = false;
+bool is_bound = false; // written once, before any thread of ours
 
 } // namespace
 
@@ -67,13 +67,8 @@ const char * bind_ggml(void * library) {
     return nullptr;
 }
 
-void * library_of(const void * address) {
-    Dl_info where{};
-    if (dladdr(address, &where) == 0 || where.dli_fname == nullptr) {
-        return nullptr;
-    }
-    void * found = dlopen(where.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
-    return found == nullptr ? dlopen(nullptr, RTLD_LAZY) : found; // the program itself has no name that dlopen takes
+bool is_ggml_bound() {
+    return is_bound;
 }
 
 } // namespace hybrimoe

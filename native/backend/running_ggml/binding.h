@@ -8,8 +8,6 @@ namespace hybrimoe {
 // process has them. Until then, calling one of them ends the process. Returns null, or the name of a function that is
 // missing, with nothing bound. Once bound, later calls change nothing.
 const char * bind_ggml(void * library);
-
-// A handle of the loaded library (or program) that holds `address`; null if there is none.
-void * library_of(const void * address);
+bool is_ggml_bound();
 
 } // namespace hybrimoe

@@ -1,4 +1,4 @@
-#include "other_builds.h"
+#include "running_ggml/other_builds.h"
 
 #include "hybrimoe.h"
 
@@ -78,18 +78,18 @@ std::vector<std::string> builds_in(const std::string & folder) {
     return paths;
 }
 
-init_function find_build_that_fits(void * ggml) {
+other_build find_build_that_fits(void * ggml) {
     for (const std::string & path : builds_in(other_builds_folder())) {
         void * library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
         if (library == nullptr) {
             continue;
         }
         if (fits(library, ggml)) {
-            return find<init_function>(library, "ggml_backend_init");
+            return {path, find<ggml_backend_reg_t (*)()>(library, "ggml_backend_init")};
         }
         dlclose(library);
     }
-    return nullptr;
+    return {};
 }
 
 } // namespace hybrimoe

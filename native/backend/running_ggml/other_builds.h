@@ -16,9 +16,12 @@ std::string other_builds_folder();
 // out.
 std::vector<std::string> builds_in(const std::string & folder);
 
-// ggml_backend_init() of the first one, of this version of HybriMoE, that fits the ggml in the library `ggml`; null if
-// none does. The library stays loaded.
-using init_function = ggml_backend_reg_t (*)();
-init_function find_build_that_fits(void * ggml);
+struct other_build {
+    std::string path;                       // empty: none fits
+    ggml_backend_reg_t (*init)() = nullptr; // its ggml_backend_init()
+};
+
+// The first one, of this version of HybriMoE, that fits the ggml in the library `ggml`. It stays loaded.
+other_build find_build_that_fits(void * ggml);
 
 } // namespace hybrimoe

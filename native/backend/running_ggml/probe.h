@@ -1,39 +1,12 @@
-// What the plug-in takes for granted about ggml, and whether the running one is like that. What decides is the
-// interface, never a version: any release fits whose operations, types, structures and tables are those that the
-// plug-in was compiled with.
+// Whether the running ggml is what the plug-in takes for granted. What decides is the interface, never a version: any
+// release fits whose operations, types, structures and tables are those that the plug-in was compiled with.
 #pragma once
 
-#include <cstddef>
+#include "running_ggml/facts.h"
+
 #include <string>
-#include <vector>
 
 namespace hybrimoe {
-
-struct named_number {
-    int number;
-    const char * name; // as ggml prints it
-};
-
-struct named_type {
-    int number;
-    const char * name;
-    size_t block_values;
-    size_t block_bytes;
-};
-
-// Bytes from the start of a ggml_tensor.
-struct tensor_layout {
-    size_t size, type, buffer, ne, nb, op, op_params, src, view_src, view_offs, data, name;
-};
-
-struct ggml_facts {
-    std::vector<named_number> ops, unary_ops, glu_ops; // those that we use, in rising order
-    std::vector<named_type> types;
-    tensor_layout tensor;
-};
-
-// What this plug-in was compiled with.
-const ggml_facts & compiled_facts();
 
 // The backend API that the running ggml speaks, as its CPU backend says; 0: it has no CPU backend (yet).
 int running_api_version();

@@ -1,9 +1,9 @@
 #include "fake_ggml.h"
 
-#include "cpu_executor.h"
-#include "ggml-release.h"
+#include "running_ggml/binding.h"
+#include "running_ggml/probe.h"
 
-#include "ggml-backend-impl.h"
+#include "ggml.h"
 
 namespace fake_ggml {
 
@@ -16,9 +16,25 @@ answers & current() {
 
 namespace hybrimoe {
 
-ggml_backend_dev_t find_cpu_device() {
-    static ggml_backend_device device{};
-    return fake_ggml::current().has_cpu ? &device : nullptr;
+const char * bind_ggml(void *) {
+    return fake_ggml::current().missing_function;
+}
+
+bool is_ggml_bound() {
+    return true;
+}
+
+const ggml_facts & compiled_facts() {
+    static const ggml_facts facts{};
+    return facts;
+}
+
+std::string describe(const ggml_facts &) {
+    return "{}";
+}
+
+std::string why_ggml_does_not_fit(const ggml_facts &) {
+    return fake_ggml::current().reason;
 }
 
 } // namespace hybrimoe
@@ -26,35 +42,7 @@ ggml_backend_dev_t find_cpu_device() {
 extern "C" {
 
 const char * ggml_version(void) {
-    const char * version = fake_ggml::current().version;
-    return version == nullptr ? HYBRIMOE_GGML_VERSION : version;
-}
-
-ggml_backend_reg_t ggml_backend_dev_backend_reg(ggml_backend_dev_t) {
-    static ggml_backend_reg registry{};
-    registry.api_version = GGML_BACKEND_API_VERSION + fake_ggml::current().api_version_delta;
-    return &registry;
-}
-
-// The layout check allocates one tensor and looks at the sizes: no memory is needed to answer it.
-size_t ggml_tensor_overhead(void) {
-    return sizeof(ggml_tensor) + (fake_ggml::current().other_layout ? 256 : 32);
-}
-
-ggml_context * ggml_init(ggml_init_params) {
-    static char context;
-    return reinterpret_cast<ggml_context *>(&context);
-}
-
-void ggml_free(ggml_context *) {}
-
-ggml_tensor * ggml_new_tensor_1d(ggml_context *, ggml_type, int64_t) {
-    static ggml_tensor tensor{};
-    return &tensor;
-}
-
-size_t ggml_used_mem(const ggml_context *) {
-    return ggml_tensor_overhead();
+    return "9.9.9";
 }
 
 // ---- what describe.cpp asks about single tensors

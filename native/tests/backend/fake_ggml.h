@@ -4,10 +4,8 @@
 namespace fake_ggml {
 
 struct answers {
-    const char * version  = nullptr; // null: the one that the plug-in is compiled for
-    bool has_cpu          = true;
-    int api_version_delta = 0; // difference of the running backend API from the plug-in's
-    bool other_layout     = false;
+    const char * missing_function = nullptr; // what binding does not find
+    const char * reason           = "";      // what the probe says
 };
 
 answers & current();

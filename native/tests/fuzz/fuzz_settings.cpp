@@ -14,6 +14,8 @@ std::vector<std::string> fuzz_seeds() {
         R"({"costs": {"layer_class": [0], "classes": [{"cpu": {"points": [[1, 2]]}}], "devices": []}, "trace": 0})",
         R"({"faults": {"fail_copy_every": 3, "stick_us": 5}, "throttle_link_bytes_per_s": 1e9, "state_path": ""})",
         R"({"expert_cache": 4, "n_cpu_layers": 1, "route_trace": "", "pin_experts": true, "log_to_stderr": false})",
+        R"({"reproducible": true, "state_path": "s", "schedule": "gpu-only", "prefetch": "none", "admission": "always"})",
+        R"({"live_costs": true, "trace_scores": false, "trace_spans": true, "pin_threads": [0, 3]})",
     };
 }
 
@@ -23,6 +25,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
         const hybrimoe::settings read = hybrimoe::parse_settings(text, {});
         REQUIRE(read.max_batch_tokens >= 1 && read.fit_margin_bytes >= 0 && read.n_cpu_layers >= 0);
         REQUIRE(read.expert_cache.fraction >= 0.0 && read.expert_cache.fraction <= 1.0);
+        const hybrimoe::settings held = hybrimoe::in_force(read);
+        REQUIRE(held.reproducible == read.reproducible && held.devices == read.devices);
+        REQUIRE(!held.reproducible || (held.state_path.empty() && held.costs_json.empty() && !held.live_costs));
     } catch (const std::invalid_argument & error) {
         REQUIRE(std::strlen(error.what()) > 0);
     }

@@ -1,0 +1,117 @@
+"""The package's one plug-in file in programs that others compiled: the same tokens, whoever computes the experts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from .conftest import EXPERTS, Host, Step, ask, greedy
+
+pytestmark = pytest.mark.hosts
+
+ARCHITECTURES = [
+    "mixtral", "nogate", "qwen3moe", "qwen2moe", "olmoe", "deepseek2", "deepseek2-merged", "deepseek-lite", "gpt-oss",
+    "llama4", "top1", "nemotron-h",
+]  # fmt: skip
+PROMPTS = ("The quick brown fox", "a", "Once upon a time there was a river. " * 12)
+COMMON = ("-c", "512", "-t", "2", "--no-repack", "-np", "1", "-v")
+STAND_IN = {"devices": ["CPU"], "expert_cache": 4, "guard": False, "schedule": "gpu-only"}
+
+
+@pytest.fixture(params=["distribution", pytest.param("pin_host", marks=pytest.mark.slow)])
+def host(request: pytest.FixtureRequest) -> Host:
+    found: Host = request.getfixturevalue(request.param)
+    return found
+
+
+def answers(host: Host, model: Path, log: Path, settings: dict[str, object] | None, *more: str) -> list[list[Step]]:
+    """Greedy answers of a server of `host`; `settings` None: without the plug-in."""
+    environment = host.environment(settings is not None, settings, HYBRIMOE_CPU="ggml")
+    ours = () if settings is None else ("-ot", EXPERTS)
+    with host.server(model, *COMMON, *ours, *more, environment=environment, log=log) as port:
+        return greedy(port, PROMPTS)
+
+
+def tokens(some: list[list[Step]]) -> list[list[int]]:
+    return [[step.token for step in answer] for answer in some]
+
+
+def check_near(ours: list[list[Step]], plain: list[list[Step]]) -> None:
+    """Where an answer leaves the other's path, both tokens were about as likely: another order of additions."""
+    for mine, other in zip(ours, plain, strict=True):
+        for a, b in zip(mine, other, strict=True):
+            if a.token != b.token:
+                assert b.nearest[b.token] - b.nearest.get(a.token, -99.0) < 0.05, (a, b)
+                break
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_greedy_tokens_are_those_of_the_program_alone(
+    host: Host, tiny_model: Callable[..., Path], tmp_path: Path, arch: str
+) -> None:
+    model, log = tiny_model(arch, "Q8_0"), tmp_path / "log"
+    plain = answers(host, model, tmp_path / "plain", None)
+    assert tokens(answers(host, model, log, {})) == tokens(plain)
+    assert "HybriMoE model buffer size" in log.read_text(errors="replace")
+    check_near(answers(host, model, log, STAND_IN), plain)
+
+
+def test_parallel_clients(host: Host, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Four at once on two slots: each is answered, with as many tokens as it wanted."""
+    model = tiny_model("qwen3moe", "Q8_0")
+    arguments = ("-c", "1024", "-t", "2", "--no-repack", "-np", "2", "-ot", EXPERTS)
+    environment = host.environment(True, STAND_IN, HYBRIMOE_CPU="ggml")
+    with (
+        host.server(model, *arguments, environment=environment, log=tmp_path / "log") as port,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        bodies = [{"prompt": f"{i} " + PROMPTS[2], "n_predict": 32, "ignore_eos": True} for i in range(4)]
+        found = list(pool.map(lambda body: ask(port, "POST", "/completion", body), bodies))
+    assert [(status, answer["tokens_predicted"]) for status, answer in found] == [(200, 32)] * 4
+
+
+def perplexity(host: Host, model: Path, text: Path, settings: dict[str, object] | None, cpu: str) -> str:
+    environment = host.environment(settings is not None, settings, HYBRIMOE_CPU=cpu)
+    ours = () if settings is None else ("-ot", EXPERTS)
+    arguments = (
+        "-m",
+        str(model),
+        "-f",
+        str(text),
+        "-c",
+        "256",
+        "--chunks",
+        "2",
+        "-t",
+        "2",
+        "--no-repack",
+        "-fit",
+        "off",
+    )
+    done = host.run("llama-perplexity", *arguments, *ours, environment=environment)
+    found = re.search(r"Final estimate: PPL = ([\d.]+)", done.stdout + done.stderr)
+    assert done.returncode == 0 and found, done.stderr[-3000:]
+    return found[1]
+
+
+@pytest.mark.slow
+def test_perplexity_of_the_demo(host: Host, demo_model: Path, tmp_path: Path) -> None:
+    """With ggml's kernels all printed digits are equal, with our own half a percent at most is between."""
+    text = tmp_path / "text.txt"
+    text.write_text((Path(__file__).resolve().parent.parent.parent / "docs" / "architecture.md").read_text())
+    plain = perplexity(host, demo_model, text, None, "ggml")
+    assert perplexity(host, demo_model, text, {}, "ggml") == plain
+    assert float(perplexity(host, demo_model, text, {}, "auto")) == pytest.approx(float(plain), rel=5e-3)
+
+
+def test_one_file_for_both(distribution: Host) -> None:
+    """The distribution's ggml speaks another backend API than the pinned one that the package is compiled with."""
+    done = distribution.run(
+        "llama-server", "--list-devices", environment=distribution.environment(True, HYBRIMOE_PROBE="1")
+    )
+    assert '"backend_api":3' in done.stdout + done.stderr
+    assert '"fits":true' in done.stdout + done.stderr
