@@ -141,7 +141,8 @@ def _serve(target: str | None, port: int) -> int:
 
     process = choose_process(target)
     with bind("127.0.0.1", port) as bound:
-        note(f"watching {process.pid} ({_title(process)}) at {shown_url(bound)} (page at /, /live, /metrics; Ctrl-C stops)")
+        where = f"at {shown_url(bound)} (page at /, /live, /metrics; Ctrl-C stops)"
+        note(f"watching {process.pid} ({_title(process)}) {where}")
         return serve_companion(process.path, bound)
 
 

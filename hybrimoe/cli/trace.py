@@ -94,7 +94,15 @@ def make_app() -> typer.Typer:
         load = (ctx_size, ubatch_size, threads, n_gpu_layers)
         finish(
             lambda: _record(
-                model, output, texts, 64 if n_predict is None else n_predict, load, (temp, seed), conversation, (scores, lookahead), force
+                model,
+                output,
+                texts,
+                64 if n_predict is None else n_predict,
+                load,
+                (temp, seed),
+                conversation,
+                (scores, lookahead),
+                force,
             )
         )
 

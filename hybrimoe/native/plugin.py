@@ -88,7 +88,11 @@ class Library:
 
     def snapshot(self, request: str = "") -> dict[str, Any]:
         """What the observer's socket serves (docs/observability.md), of this process. Thread-safe."""
-        return dict(json.loads(_whole_text(lambda out, size: self._library.hybrimoe_snapshot(request.encode(), out, size))))
+
+        def write(out: Any, size: int) -> int:
+            return int(self._library.hybrimoe_snapshot(request.encode(), out, size))
+
+        return dict(json.loads(_whole_text(write)))
 
     def set_host_facts(self, facts: Mapping[str, Any]) -> None:
         """What snapshots hold as `host`. Starts the observer where it is configured. Raises PluginError."""
