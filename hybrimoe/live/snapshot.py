@@ -106,9 +106,9 @@ def live_snapshot(now: Raw, before: Raw | None) -> dict[str, Any]:
         return {**head, "phase": phase, "model": {"name": _model_name(now), **host.get("model", {})}}
     sums = _sums(now, instance)
     earlier = None
-    if before is not None and main_instance(before).get("id") == instance.get("id"):
-        earlier = _sums(before, main_instance(before))
     span_s = 0.0 if before is None else now["at_s"] - before["at_s"]
+    if before is not None and span_s > 0 and main_instance(before).get("id") == instance.get("id"):
+        earlier = _sums(before, main_instance(before))
     return {
         **head,
         "phase": phase or _phase(sums, earlier),

@@ -156,6 +156,7 @@ def test_a_companion_shows_a_process_and_notices_its_end() -> None:
             assert "llamacpp:tokens_predicted_total 0.0" in get("/metrics")[1] and "<title>" in get("/")[1]
             process.kill()
             process.wait()
+            time.sleep(0.5)  # snapshots within 0.2 s are the same one
             assert get("/live")[0] == 503 and get("/metrics")[0] == 503
         finally:
             companion.send_signal(signal.SIGINT)
