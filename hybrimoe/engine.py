@@ -31,7 +31,7 @@ from hybrimoe.llama_log import LlamaLog, llama_log
 from hybrimoe.llama_seam import Loader, LoadSettings
 from hybrimoe.native.backend_modules import backend_module_paths, device_names, load_backend_modules
 from hybrimoe.native.plugin import LayerCounters, Plugin, ggml_library, load_plugin
-from hybrimoe.placement import Placement, buffer_types
+from hybrimoe.placement import PLUGIN_BUFFER_TYPE, Placement, buffer_types
 from hybrimoe.trace.identity import identity_of
 from hybrimoe.trace.live import LiveRecorder, check_target, ring_bytes
 
@@ -82,6 +82,15 @@ class EngineOptions:
     backends: tuple[Path, ...] | None = None
     trace: Path | None = None
     observe: bool = False
+
+    def placed_experts(self) -> ExpertOptions:
+        """`experts` with what `cpu_moe` and `n_cpu_moe` mean to the plug-in."""
+        experts = self.experts
+        if self.placement.cpu_moe:
+            experts = replace(experts, devices=())
+        if self.placement.n_cpu_moe:
+            experts = replace(experts, n_cpu_layers=self.placement.n_cpu_moe)
+        return experts
 
     def threads(self) -> tuple[int, int]:
         """(threads for decode, threads for prefill)"""
@@ -209,14 +218,9 @@ class Engine(llama_cpp.Llama):  # type: ignore[misc]
             raise
 
     def _plugin_settings(self) -> dict[str, Any]:
-        experts = self.options.experts
-        placement = self.options.placement
-        if placement.cpu_moe:
-            experts = replace(experts, devices=())
-        if placement.n_cpu_moe:
-            experts = replace(experts, n_cpu_layers=placement.n_cpu_moe)
+        experts = self.options.placed_experts()
         n_batch = min(self.options.n_batch, self.options.n_ubatch)
-        known = [name for name in device_names(ggml_library()) if name != "HybriMoE"]
+        known = [name for name in device_names(ggml_library()) if name != PLUGIN_BUFFER_TYPE]
         settings = experts.settings(self.info, n_batch, known)
         if self.options.trace is not None:
             settings["trace"] = ring_bytes(self.info, n_batch)

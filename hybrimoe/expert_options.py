@@ -117,13 +117,14 @@ class ExpertOptions:
     reproducible: bool = False
     extra: Mapping[str, Any] | None = None
 
-    def settings(self, model: GgufModel, n_batch: int, known_devices: Sequence[str]) -> dict[str, Any]:
-        """All keys of `hybrimoe_configure`.
+    def settings(self, model: GgufModel | None, n_batch: int, known_devices: Sequence[str] | None) -> dict[str, Any]:
+        """All keys of `hybrimoe_configure`. `model` None: for whatever is loaded, with neither costs nor residency of
+        one model. `known_devices` None: the names are another program's to judge.
 
         Raises UsageError for unknown devices, policies and parameters, and for what `reproducible` has no use for.
         """
         for name in self.devices or ():
-            if name not in known_devices:
+            if known_devices is not None and name not in known_devices:
                 known = ", ".join(known_devices)
                 raise UsageError(f"--device: there is no device '{name}'", f"ggml has: {known}")
         self._check_policies()
@@ -139,9 +140,9 @@ class ExpertOptions:
             "guard": self.guard,
             "live_costs": self.live_costs,
             "reproducible": self.reproducible,
-            "costs": self._costs(model),
+            "costs": None if model is None else self._costs(model),
             "max_batch_tokens": n_batch,
-            "state_path": str(self._state_path(model)) if self.state_dir is not None else "",
+            "state_path": "" if model is None or self.state_dir is None else str(self._state_path(model)),
             "log_to_stderr": False,
             "pin_experts": self.pin_experts,
             "n_cpu_layers": self.n_cpu_layers,

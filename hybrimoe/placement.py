@@ -11,7 +11,10 @@ from typing import Any
 from hybrimoe.errors import UsageError
 
 # Router weights (with the dot: `ffn_gate_inp_shexp`, the shared expert's gate, is dense) and all routed experts.
-MOE_PATTERN = r"ffn_(gate_inp\.|.*_exps)"
+# Without a backslash, which unit files and some launchers read as an escape.
+MOE_PATTERN = "ffn_(gate_inp[.]|.*_exps)"
+# The plug-in's device and its buffer type, as ggml knows them.
+PLUGIN_BUFFER_TYPE = "HybriMoE"
 # llama.cpp's LLM_FFN_EXPS_REGEX (common/common.h of the pinned release).
 CPU_MOE_PATTERN = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -49,10 +50,11 @@ def make_app() -> typer.Typer:
     options.command(app, "run", _run, RUN_COMMAND_OPTIONS, "[MODEL] [PROMPT or -]")
     options.command(app, "serve", _serve, SERVE_COMMAND_OPTIONS, "[MODEL]")
     options.command(app, "plan", _plan, PLAN_COMMAND_OPTIONS, "[MODEL]")
-    from hybrimoe.cli import bench, doctor, models, plugin, probe, profile, simulate, top, trace
+    from hybrimoe.cli import bench, doctor, exec, models, plugin, probe, profile, simulate, top, trace
 
     options.command(app, "bench", _bench, bench.BENCH_OPTIONS, "MODEL")
     options.command(app, "profile", _profile, profile.PROFILE_OPTIONS, "[MODEL]")
+    options.command(app, "exec", _exec, exec.EXEC_OPTIONS, "-- PROGRAM [ITS FLAGS]", starts_program=True)
 
     app.add_typer(models.make_app(), name="models")
     app.add_typer(trace.make_app(), name="trace")
@@ -137,6 +139,17 @@ def _bench(settings: Settings, positionals: list[str]) -> int:
     return bench(settings, positionals)
 
 
+def _exec(settings: Settings, positionals: list[str]) -> None:
+    """Start another llama.cpp program with the plug-in: llama-server, llama-cli, llama-completion, llama-bench, ...
+
+    For example: hybrimoe exec -- llama-server -m model.gguf -c 32768. Its model and its flags are read, experts are
+    placed as 'hybrimoe serve' would, and the program is started unmodified. docs/hosts.md tells the details.
+    """
+    from hybrimoe.cli.exec import execute
+
+    execute(settings, positionals)
+
+
 def _versions() -> str:
     from importlib import metadata
 
@@ -164,7 +177,8 @@ def _versions() -> str:
 def run_app(arguments: Sequence[str]) -> int:
     """Runs the program and returns its exit code; what goes wrong is two lines on stderr."""
     _prepare_streams()
-    verbose = "-v" in arguments or "--verbose" in arguments
+    own = _own_words(arguments)
+    verbose = "-v" in own or "--verbose" in own
     try:
         code = make_app()(args=list(arguments), prog_name="hybrimoe", standalone_mode=False)
         return code if isinstance(code, int) else EXIT_OK
@@ -183,6 +197,15 @@ def run_app(arguments: Sequence[str]) -> int:
         return _fail(HybrimoeError("memory is used up", "use a smaller context with -c, or a smaller model"), verbose)
     except Exception as error:
         return _fail(HybrimoeError(f"unexpected {type(error).__name__}: {error}", "run again with -v"), verbose)
+
+
+def _own_words(arguments: Sequence[str]) -> list[str]:
+    """The arguments without those of a program that they start."""
+    if "--" in arguments:
+        return list(itertools.takewhile(lambda word: word != "--", arguments))
+    if "exec" not in arguments:
+        return list(arguments)
+    return list(itertools.takewhile(lambda word: word.startswith("-") or word == "exec", arguments))
 
 
 def _prepare_streams() -> None:
@@ -211,6 +234,9 @@ def _usage_error(error: Exception, arguments: Sequence[str]) -> int:
     command = next((a for a in arguments if not a.startswith("-")), "")
     known = command in (
         "chat", "run", "serve", "top", "models", "doctor", "plan", "probe", "trace", "simulate", "bench", "profile",
+        "exec",
     )  # fmt: skip
     hint = f"hybrimoe {command} --help" if known else "hybrimoe --help"
+    if command == "exec":
+        hint = f"{hint}; flags of the program come behind it: hybrimoe exec -- llama-server -m model.gguf"
     return _fail(UsageError(message[:1].lower() + message[1:], hint), verbose=False)

@@ -25,11 +25,14 @@ def command(
     run: Callable[[Settings, list[str]], int | None],
     options: Sequence[Option],
     metavar: str,
+    *,
+    starts_program: bool = False,
 ) -> None:
     """Adds a command that takes `options` and positionals; `run` gets the settings and the positionals.
 
     The flags are read as text and parsed by the option table, so that a wrong value has the same message wherever it
-    came from. The docstring of `run` is the help.
+    came from. The docstring of `run` is the help. `starts_program`: the positionals are a command line, which begins
+    with the first word that is no flag of ours.
     """
     parameters = [
         inspect.Parameter(
@@ -65,7 +68,7 @@ def command(
         ),
     ]
 
-    def invoke(positionals: list[str] | None, print_config: bool, hf_repo: str | None, **flags: Any) -> None:
+    def invoke(positionals: list[str] | None, print_config: bool, hf_repo: str | None = None, **flags: Any) -> None:
         if hf_repo is not None and not print_config:
             if flags.get("model") is not None:
                 raise UsageError("the model is given twice, by -m and by -hf")
@@ -79,10 +82,13 @@ def command(
             return
         finish(lambda: run(settings, positionals or []))
 
+    if starts_program:
+        parameters = [p for p in parameters if p.name != "hf_repo"]  # the program has its own
     invoke.__doc__ = run.__doc__
     invoke.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     invoke.__annotations__ = {p.name: p.annotation for p in parameters}
-    app.command(name, context_settings=HELP_NAMES)(invoke)
+    how = {"allow_interspersed_args": False} if starts_program else {}
+    app.command(name, context_settings={**HELP_NAMES, **how})(invoke)
 
 
 def _parameter(option: Option) -> inspect.Parameter:

@@ -170,40 +170,84 @@ int expert_cache::find_victim(const pool & p) const {
     if (!policy_->may_evict()) {
         return -1;
     }
-    int best              = -1;
-    bool best_dud         = false;
-    double best_value     = 0.0;
-    int64_t best_use      = 0;
-    int best_key          = -1;
+    slot_offer best;
     const double * values = policy_->values();
     for (size_t i = 0; i < p.slots.size(); ++i) {
         const slot & s = p.slots[i];
         if (s.state != slot_state::resident) {
             continue;
         }
-        // A prefetch whose layer came by without using it was a wrong guess: it goes first.
-        const bool dud = s.speculative && n_steps_[static_cast<size_t>(shape_.layer_of(s.key))] > s.loaded_step;
-        if (best >= 0 && best_dud && !dud) {
-            continue;
-        }
-        const double value = values ? values[s.key] : policy_->keep_value(s.key);
-        const int64_t use  = last_use_[static_cast<size_t>(s.key)];
-        if (best >= 0 && dud == best_dud &&
-            (value > best_value ||
-             (value == best_value && (use > best_use || (use == best_use && s.key > best_key))))) {
-            continue;
-        }
+        const slot_offer offer = offer_of(p, static_cast<int>(i), values);
         // Last, because it is the dearest question and few slots get this far.
-        if (!may_go(s)) {
-            continue;
+        if ((best.slot < 0 || offer < best) && may_go(s)) {
+            best = offer;
         }
-        best       = static_cast<int>(i);
-        best_dud   = dud;
-        best_value = value;
-        best_use   = use;
-        best_key   = s.key;
     }
-    return best;
+    return best.slot;
+}
+
+bool slot_offer::operator<(const slot_offer & other) const {
+    if (is_free != other.is_free || is_dud != other.is_dud) {
+        return is_free != other.is_free ? is_free : is_dud;
+    }
+    if (value != other.value) {
+        return value < other.value;
+    }
+    return last_use != other.last_use ? last_use < other.last_use : key < other.key;
+}
+
+slot_offer expert_cache::offer_of(const pool & p, int index, const double * values) const {
+    const slot & s = p.slots[static_cast<size_t>(index)];
+    slot_offer out;
+    out.slot    = index;
+    out.device  = p.device;
+    out.key     = s.key;
+    out.is_free = s.key < 0;
+    if (!out.is_free) {
+        out.is_dud   = s.speculative && n_steps_[static_cast<size_t>(shape_.layer_of(s.key))] > s.loaded_step;
+        out.value    = values ? values[s.key] : policy_->keep_value(s.key);
+        out.last_use = last_use_[static_cast<size_t>(s.key)];
+    }
+    return out;
+}
+
+void expert_cache::offers(int layer, int n_wanted, std::vector<slot_offer> & out) const {
+    out.clear();
+    const double * values = policy_->values();
+    const bool may_evict  = policy_->may_evict();
+    for (int d = 0; d < n_devices_; ++d) {
+        const pool & p   = pools_[static_cast<size_t>(pool_of(layer, d))];
+        const auto first = static_cast<std::ptrdiff_t>(out.size());
+        for (size_t i = 0; i < p.slots.size(); ++i) {
+            if (p.slots[i].state == slot_state::absent || (may_evict && may_go(p.slots[i]))) {
+                out.push_back(offer_of(p, static_cast<int>(i), values));
+            }
+        }
+        const auto n = static_cast<std::ptrdiff_t>(out.size()) - first;
+        if (n > n_wanted) {
+            std::nth_element(out.begin() + first, out.begin() + first + n_wanted, out.end());
+            out.resize(static_cast<size_t>(first) + static_cast<size_t>(n_wanted));
+        }
+    }
+    std::sort(out.begin(), out.end());
+}
+
+bool expert_cache::first_offer(int layer, int device, slot_offer & out) const {
+    const pool & p = pools_[static_cast<size_t>(pool_of(layer, device))];
+    int index      = -1;
+    if (static_cast<size_t>(p.n_used) < p.slots.size()) {
+        index = 0;
+        while (p.slots[static_cast<size_t>(index)].state != slot_state::absent) {
+            ++index;
+        }
+    } else {
+        index = find_victim(p);
+    }
+    if (index < 0) {
+        return false;
+    }
+    out = offer_of(p, index, policy_->values());
+    return true;
 }
 
 void expert_cache::vacate(int pool_id, int slot_index, load_result * out) {

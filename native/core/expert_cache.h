@@ -50,6 +50,19 @@ struct slot_move {
     int key, from_slot, to_slot;
 };
 
+// A slot that a load may take, and what stands in it. `<`: takes it first; ties by least recent use, then lowest id.
+struct slot_offer {
+    int slot         = -1;
+    int device       = cpu_device;
+    bool is_free     = false;
+    bool is_dud      = false; // a prefetch whose layer came by without using it: a wrong guess goes before all others
+    double value     = 0.0;   // the policy's
+    int64_t last_use = 0;
+    int key          = -1;
+
+    bool operator<(const slot_offer & other) const;
+};
+
 class expert_cache {
 public:
     static status create(const cache_config & config, std::unique_ptr<eviction_policy> policy, expert_cache & out);
@@ -92,6 +105,11 @@ public:
     // Slots that a load into this layer's pool could take now; counting stops at n_wanted.
     int n_available(int layer, int device, int n_wanted) const;
     int n_slots(int layer, int device) const;
+    // Slots that loads into this layer's pools could take, of all devices, the one that loses least first; at most
+    // n_wanted of a device.
+    void offers(int layer, int n_wanted, std::vector<slot_offer> & out) const;
+    // The first of one device; false: none.
+    bool first_offer(int layer, int device, slot_offer & out) const;
     // The expert that would be evicted next, or -1.
     int next_victim(int layer, int device) const;
 
@@ -122,6 +140,7 @@ private:
     int pool_of(int layer, int device) const { return pool_of_[static_cast<size_t>(device * shape_.n_layers + layer)]; }
     bool may_leave(const slot & s) const;
     bool may_go(const slot & s) const;
+    slot_offer offer_of(const pool & p, int index, const double * values) const;
     int find_victim(const pool & p) const;
     void vacate(int pool_id, int slot_index, load_result * out);
     status find_loading(int layer, int expert, const char * what, slot *& out);

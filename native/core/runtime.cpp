@@ -58,6 +58,8 @@ runtime::runtime(runtime_config && config, expert_cache && cache)
         n_slots += static_cast<size_t>(n);
     }
     decision_.transfers.reserve(n_slots);
+    offers_.reserve(n_slots);
+    slot_order_.reserve(n_slots);
     in_flight_.reserve(n_slots);
     active_.reserve(n_expert);
     loads_.reserve(n_expert);
@@ -234,8 +236,10 @@ status runtime::on_layer(const layer_event & e, double now_us, const decision *&
                                    : e.scratch            ? decision_.n_misses
                                                           : cache_.n_available(e.layer, d, decision_.n_misses);
     }
-    problem.items   = decision_.items.data();
-    problem.n_items = static_cast<int>(decision_.items.size());
+    problem.copies_stay = !e.scratch;
+    problem.items       = decision_.items.data();
+    problem.n_items     = static_cast<int>(decision_.items.size());
+    order_slots(e.layer, problem);
     HYBRIMOE_TRY(plan_layer(*schedule_, problem, decision_.plan)); // cannot fail: costs and event were checked
     decision_.is_tried   = false;
     decision_.untried_us = decision_.plan.makespan_us;
@@ -276,6 +280,20 @@ status runtime::on_layer(const layer_event & e, double now_us, const decision *&
     return {};
 }
 
+// Tells the planner whose slots lose least, where there is a choice.
+void runtime::order_slots(int layer, layer_problem & problem) {
+    if (costs_.n_devices() < 2 || decision_.n_misses == 0 || !limits_.demand_copies) {
+        return;
+    }
+    cache_.offers(layer, decision_.n_misses, offers_);
+    slot_order_.clear();
+    for (const slot_offer & offer : offers_) {
+        slot_order_.push_back(static_cast<int8_t>(offer.device));
+    }
+    problem.slot_order   = slot_order_.data();
+    problem.n_slot_order = static_cast<int>(slot_order_.size());
+}
+
 void runtime::commit_demands(const layer_event & e, double now_us) {
     const layer_plan & plan = decision_.plan;
     const double bytes      = costs_.of_layer(e.layer).bytes;
@@ -299,14 +317,19 @@ void runtime::commit_demands(const layer_event & e, double now_us) {
         load_result loaded;
         transfer t;
         t.kind = transfer_kind::scratch;
-        if (limits_.admission && admission_->wants(key) &&
-            cache_.begin_load(e.layer, at.expert, d, false, loaded).ok()) {
+        // Without scratch the plan copies only what admission wanted, and it is not asked again: what was admitted just
+        // now has changed its mind about others.
+        const bool wanted = limits_.admission && (!e.scratch || admission_->wants(key));
+        if (wanted && cache_.begin_load(e.layer, at.expert, d, false, loaded).ok()) {
             t.kind    = transfer_kind::demand;
             t.slot    = loaded.slot;
             t.evicted = loaded.evicted_key;
             admission_->on_admit(key);
             note_eviction(loaded, false);
             decision_.slots[static_cast<size_t>(index)] = loaded.slot;
+        } else if (!e.scratch) {
+            leave_to_cpu(index);
+            continue;
         }
         if (link_free_us_[d] > now_us && link_speculative_[d]) {
             ++stats_.n_delayed_demands;
@@ -336,6 +359,16 @@ void runtime::commit_demands(const layer_event & e, double now_us) {
     }
 }
 
+// What was to be copied and finds no slot; the plan's times stay.
+void runtime::leave_to_cpu(int index) {
+    placement & at = decision_.plan.placements[static_cast<size_t>(index)];
+    at.device      = cpu_device;
+    at.copied      = false;
+    ++decision_.plan.n_cpu;
+    --decision_.plan.n_gpu;
+    --decision_.plan.n_copies;
+}
+
 // Until when idle-time copies may run, and how much DRAM traffic the plan leaves for them.
 void runtime::open_window(const layer_event & e, double now_us) {
     const double layer_us = decision_.plan.makespan_us + e.gap_us;
@@ -346,11 +379,26 @@ void runtime::open_window(const layer_event & e, double now_us) {
         n_layers * (layer_us * costs_.dram_bytes_per_us() - decision_.plan.cpu_bytes) - decision_.plan.copy_bytes;
 }
 
-int runtime::target_device(int layer) const {
-    int best = cpu_device;
+// Of the cards whose link has time for it in this window, the one whose slot loses least; else the one that is done
+// first.
+int runtime::target_device(int layer, double now_us) const {
+    int best       = cpu_device;
+    double best_us = 0.0;
+    bool best_fits = false;
+    slot_offer best_offer;
     for (int d = 0; d < costs_.n_devices(); ++d) {
-        if (cache_.n_slots(layer, d) > 0 && (best == cpu_device || link_free_us_[d] < link_free_us_[best])) {
-            best = d;
+        if (cache_.n_slots(layer, d) == 0) {
+            continue;
+        }
+        const double end_us = std::max(now_us, link_free_us_[d]) + costs_.t_copy(d, costs_.of_layer(layer).bytes);
+        slot_offer offer;
+        const bool fits   = costs_.n_devices() > 1 && end_us <= window_end_us_ && cache_.first_offer(layer, d, offer);
+        const bool better = fits && best_fits ? offer < best_offer : fits != best_fits ? fits : end_us < best_us;
+        if (best == cpu_device || better) {
+            best       = d;
+            best_us    = end_us;
+            best_fits  = fits;
+            best_offer = offer;
         }
     }
     return best;
@@ -411,7 +459,7 @@ void runtime::commit_prefetch(const layer_event & e, double now_us) {
     view.layer_us = layer_us_;
     std::copy(e.lookahead, e.lookahead + max_lookahead, view.lookahead);
     for (int distance = 1; distance <= view.horizon; ++distance) {
-        device_of_layer_[static_cast<size_t>(e.layer + distance)] = target_device(e.layer + distance);
+        device_of_layer_[static_cast<size_t>(e.layer + distance)] = target_device(e.layer + distance, now_us);
     }
     view.device_of_layer = device_of_layer_.data();
     decision_.horizon    = view.horizon;
@@ -422,8 +470,8 @@ void runtime::commit_prefetch(const layer_event & e, double now_us) {
     }
     for (int i = 0; i < proposals_.n_items; ++i) {
         const proposal & p = proposals_.items[i];
-        issue_idle(transfer_kind::prefetch, p.layer, p.expert, device_of_layer_[static_cast<size_t>(p.layer)],
-                   p.gain_us, now_us);
+        const int device   = target_device(p.layer, now_us); // links and slots of the ones before are taken
+        issue_idle(transfer_kind::prefetch, p.layer, p.expert, device, p.gain_us, now_us);
     }
 }
 
@@ -433,7 +481,7 @@ void runtime::commit_admissions(const layer_event & e, double now_us) {
             !admission_->wants(shape_.key(e.layer, w.expert))) {
             continue;
         }
-        const int device = target_device(e.layer);
+        const int device = target_device(e.layer, now_us);
         if (device == cpu_device || !issue_idle(transfer_kind::admit, e.layer, w.expert, device, 0.0, now_us)) {
             break; // no slots, or the window is full
         }

@@ -139,8 +139,10 @@ private:
     void describe_items(const layer_event & event, double now_us);
     void note_outcomes(const layer_event & event);
     void commit_demands(const layer_event & event, double now_us);
+    void leave_to_cpu(int index);
     void commit_prefetch(const layer_event & event, double now_us);
     void commit_admissions(const layer_event & event, double now_us);
+    void order_slots(int layer, layer_problem & problem);
     void try_compute(const layer_event & event, const layer_problem & problem);
     void try_copy(const layer_event & event, double now_us);
     bool issue_idle(transfer_kind kind, int layer, int expert, int device, double saved_us, double now_us);
@@ -151,7 +153,7 @@ private:
     void reseed_horizon();
     void hash_decision();
     size_t find_transfer(int64_t id) const;
-    int target_device(int layer) const;
+    int target_device(int layer, double now_us) const;
 
     model_shape shape_;
     cost_model costs_;
@@ -174,6 +176,8 @@ private:
     std::vector<int32_t> active_, loads_, load_of_; // load_of_: [n_expert], zero between events
     std::vector<int64_t> pushed_out_;               // per key: layer steps until which a miss is prefetch's fault
     std::vector<int> device_of_layer_, copy_order_;
+    std::vector<slot_offer> offers_;
+    std::vector<int8_t> slot_order_; // devices of offers_
     router_step step_;
 
     int64_t next_id_        = 1;

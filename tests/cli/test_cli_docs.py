@@ -17,7 +17,7 @@ def test_the_page_is_up_to_date() -> None:
 
 def test_every_command_is_on_it() -> None:
     page = make_cli_docs.document()
-    for name in ("chat", "run", "plan", "probe", "profile", "bench", "serve", "top", "simulate", "doctor"):
+    for name in ("chat", "run", "plan", "probe", "profile", "bench", "serve", "top", "simulate", "doctor", "exec"):
         assert f"## `hybrimoe {name}`" in page
     for name in ("models list", "models show", "models pull", "models build"):
         assert f"## `hybrimoe {name}`" in page

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli.conftest import call, home, spawn  # noqa: F401
 from filelock import FileLock
 
+from hosts.stand_ins import clean, stand_in  # noqa: F401
 from hybrimoe.native.plugin import library_path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -106,23 +108,14 @@ def ask(port: int, method: str, path: str, body: Mapping[str, Any] | None = None
         connection.close()
 
 
-@dataclass(frozen=True)
-class Step:
-    """One generated token, and the logarithms of the probabilities of those that were nearest to be chosen."""
-
-    token: int
-    nearest: Mapping[int, float]
-
-
-def greedy(port: int, prompts: Sequence[str], n_tokens: int = 24) -> list[list[Step]]:
-    """Each prompt's most likely continuation."""
+def greedy(port: int, prompts: Sequence[str], n_tokens: int = 24) -> list[list[tuple[int, float]]]:
+    """Each prompt's most likely continuation: tokens with the logarithms of their probabilities."""
     found = []
     for prompt in prompts:
-        body = {"prompt": prompt, "n_predict": n_tokens, "temperature": 0, "ignore_eos": True, "n_probs": 5}
+        body = {"prompt": prompt, "n_predict": n_tokens, "temperature": 0, "ignore_eos": True, "n_probs": 1}
         status, answer = ask(port, "POST", "/completion", body)
         assert status == 200, answer
-        steps = answer["completion_probabilities"]
-        found.append([Step(s["id"], {t["id"]: t["logprob"] for t in s["top_logprobs"]}) for s in steps])
+        found.append([(step["id"], step["logprob"]) for step in answer["completion_probabilities"]])
     return found
 
 

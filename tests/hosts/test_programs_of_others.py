@@ -1,4 +1,7 @@
-"""The package's one plug-in file in programs that others compiled: the same tokens, whoever computes the experts."""
+"""The package's one plug-in file in programs that others compiled: the same answers, whoever computes the experts.
+
+Probabilities are compared as they are printed: one wrong expert changes them where the token may stay.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import EXPERTS, Host, Step, ask, greedy
+from .conftest import EXPERTS, Host, ask, greedy
 
 pytestmark = pytest.mark.hosts
 
@@ -28,7 +31,9 @@ def host(request: pytest.FixtureRequest) -> Host:
     return found
 
 
-def answers(host: Host, model: Path, log: Path, settings: dict[str, object] | None, *more: str) -> list[list[Step]]:
+def answers(
+    host: Host, model: Path, log: Path, settings: dict[str, object] | None, *more: str
+) -> list[list[tuple[int, float]]]:
     """Greedy answers of a server of `host`; `settings` None: without the plug-in."""
     environment = host.environment(settings is not None, settings, HYBRIMOE_CPU="ggml")
     ours = () if settings is None else ("-ot", EXPERTS)
@@ -36,28 +41,15 @@ def answers(host: Host, model: Path, log: Path, settings: dict[str, object] | No
         return greedy(port, PROMPTS)
 
 
-def tokens(some: list[list[Step]]) -> list[list[int]]:
-    return [[step.token for step in answer] for answer in some]
-
-
-def check_near(ours: list[list[Step]], plain: list[list[Step]]) -> None:
-    """Where an answer leaves the other's path, both tokens were about as likely: another order of additions."""
-    for mine, other in zip(ours, plain, strict=True):
-        for a, b in zip(mine, other, strict=True):
-            if a.token != b.token:
-                assert b.nearest[b.token] - b.nearest.get(a.token, -99.0) < 0.05, (a, b)
-                break
-
-
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_greedy_tokens_are_those_of_the_program_alone(
+def test_answers_are_those_of_the_program_alone(
     host: Host, tiny_model: Callable[..., Path], tmp_path: Path, arch: str
 ) -> None:
     model, log = tiny_model(arch, "Q8_0"), tmp_path / "log"
     plain = answers(host, model, tmp_path / "plain", None)
-    assert tokens(answers(host, model, log, {})) == tokens(plain)
+    assert answers(host, model, log, {}) == plain
     assert "HybriMoE model buffer size" in log.read_text(errors="replace")
-    check_near(answers(host, model, log, STAND_IN), plain)
+    assert answers(host, model, log, STAND_IN) == plain
 
 
 def test_parallel_clients(host: Host, tiny_model: Callable[..., Path], tmp_path: Path) -> None:

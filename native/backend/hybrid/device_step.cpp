@@ -160,6 +160,9 @@ void device_step::launch_lane(int lane, bool waiting) {
         if (waiting && device_.worker.has_failed(items_[i].transfer)) {
             continue;
         }
+        if (items_[i].on != items_[which.front()].on) {
+            continue; // a lane reads from one slot set: the CPU computes what is in another
+        }
         lane_row_[i] = {lane, static_cast<int>(slots_.size())};
         slots_.push_back(items_[i].slot);
         experts_.push_back(items_[i].expert);

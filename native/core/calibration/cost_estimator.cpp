@@ -229,8 +229,10 @@ void cost_estimator::observe_cpu(int layer, const int32_t * n_tokens, int n_expe
         const double alone = own.predict(x) * by.now.factor();
         const bool is_slow = us * speed > alone * (1.0 + ceiling_scales * own.residual());
         const bool is_off  = std::fabs(std::log(us * speed / alone)) > std::log(ceiling_off);
+        // Whatever else reads slows it down: a batch faster than alone is about the CPU.
+        const bool is_fast = us < alone;
         const bool has_shared =
-            is_off && beside.shared > 1.0 - least_alone && us * ceiling_share * dram_bytes_per_us() < bytes;
+            is_off && !is_fast && beside.shared > 1.0 - least_alone && us * ceiling_share * dram_bytes_per_us() < bytes;
         if (has_shared || (is_slow && are_copies_slow)) {
             observe_ceiling(bytes, us, now_us);
             return;

@@ -29,6 +29,12 @@ struct layer_problem {
     double link_ready_us[max_devices]{}; // e.g. a prefetch still under way
     int max_copies[max_devices];         // slots (or scratch) that demanded copies may take
 
+    // Cards of the slots that demanded copies would take, the slot that loses least first. Between cards that serve the
+    // layer equally well it decides; null: nothing does.
+    const int8_t * slot_order = nullptr;
+    int n_slot_order          = 0;
+    bool copies_stay          = false; // in slots: later steps find what was copied
+
     layer_problem() {
         for (int & n : max_copies) {
             n = std::numeric_limits<int>::max();

@@ -1,5 +1,7 @@
 #include "scheduler.h"
 
+#include "slot_choice.h"
+
 namespace hybrimoe {
 
 #define HYBRIMOE_POLICY(name) extern const policy_entry<scheduler> name##_scheduler;
@@ -21,6 +23,7 @@ status plan_layer(const scheduler & policy, const layer_problem & problem, layer
     assignment device_of;
     HYBRIMOE_TRY(price(problem, priced));
     HYBRIMOE_TRY(policy.assign(priced, device_of));
+    choose_slots(priced, device_of);
     build_plan(priced, device_of, out);
     return {};
 }

@@ -1,3 +1,4 @@
+#include "free_copies.h"
 #include "one_card.h"
 #include "scheduler.h"
 #include "several_cards.h"
@@ -16,6 +17,7 @@ public:
         } else {
             assign_several_cards(p, device_of);
         }
+        add_free_copies(p, device_of);
         return {};
     }
 };

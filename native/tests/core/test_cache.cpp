@@ -304,6 +304,13 @@ void a_wrong_prefetch_goes_first() {
     CHECK_OK(cache.complete_load(0, 9));
     cache.shield(0, 9);
     CHECK(cache.next_victim(0, 0) != 9); // until its layer has come by
+    std::vector<slot_offer> offers;
+    slot_offer first;
+    cache.offers(0, 2, offers);
+    CHECK(cache.first_offer(0, 0, first));
+    CHECK(!offers.empty() && offers.size() <= 2);
+    CHECK_EQ(offers[0].key, cache.next_victim(0, 0));
+    CHECK_EQ(first.key, offers[0].key);
     const int32_t ids[] = {3}, loads[] = {1};
     router_step step;
     step.experts   = ids;

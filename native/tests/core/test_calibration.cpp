@@ -399,6 +399,26 @@ void test_contention_is_no_cost() {
     check_near(e.dram_bytes_per_us(), 40e3, 0.05, "ceiling");
 }
 
+// The CPU is believed 10x too slow and is never alone. A batch that is faster than believed is no word on the ceiling.
+void test_a_fast_batch_beside_copies_is_the_cpu() {
+    cost_estimator e = make_estimator(base_costs(9.0, 24800.0));
+    cost_model costs = e.calibrated();
+    noise n;
+    const int32_t one[] = {1, 1, 1, 1, 1, 1, 1, 1};
+    for (int k = 0; k < 300; ++k) {
+        e.next_pass();
+        const double alone_us = (30.0 + 8 * 69.0) / 10.0;
+        memory_share beside   = beside_copies(alone_us, 400e3, costs.dram_bytes_per_us()).beside;
+        beside.shared         = 1.0; // two links alone ask for more than is believed to be there
+        beside.bytes          = 0.3 * 40e3 * alone_us;
+        beside.speed          = 0.9;
+        e.observe_cpu(0, one, 8, n(alone_us / beside.speed), k * pass_us, beside);
+        take_over(e, costs);
+    }
+    const double fixed_us = costs.step_us(cpu_device) + costs.of_layer(0).cpu_first_us;
+    check_near(fixed_us + 8 * costs.t_cpu(0, 1, false), 58.2, 0.3, "CPU batch");
+}
+
 // What was read faster than the ceiling allows shows that it is higher.
 void test_ceiling_is_refuted() {
     cost_estimator e    = make_estimator(base_costs(9.0, 24800.0));
@@ -594,6 +614,7 @@ int main() {
     test_cpu_parts();
     test_throttled_cpu_is_followed();
     test_gpu_and_ceiling();
+    test_a_fast_batch_beside_copies_is_the_cpu();
     test_contention_is_no_cost();
     test_ceiling_is_refuted();
     test_no_cost_becomes_absurd();

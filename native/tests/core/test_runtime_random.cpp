@@ -164,6 +164,7 @@ private:
             CHECK((t.kind != transfer_kind::demand && t.kind != transfer_kind::scratch) || limits_.demand_copies);
             CHECK(t.kind == transfer_kind::scratch || t.kind == transfer_kind::prefetch || limits_.admission);
             CHECK((t.slot < 0) == (t.kind == transfer_kind::scratch));
+            CHECK(t.kind != transfer_kind::scratch || e.scratch);
             CHECK(t.evicted < 0 || t.evicted / n_expert != e.layer || active.count(t.evicted % n_expert) == 0);
             CHECK(t.end_us >= t.start_us && t.start_us >= now_us_);
         }
@@ -250,6 +251,8 @@ private:
 int main() {
     const char * const evictions[]  = {"lru", "lfu", "lfru", "ema", "mrs", "arc", "eam"};
     const char * const prefetches[] = {"none", "next-layer", "impact", "fate", "path", "eam"};
+    const char * const admissions[] = {"always", "pays", "second-use"};
+    const char * const schedules[]  = {"two-threshold", "gpu-only", "two-threshold", "hybrimoe", "two-threshold"};
     int n_runs                      = 0;
     for (const char * eviction : evictions) {
         for (const char * prefetch : prefetches) {
@@ -258,11 +261,14 @@ int main() {
                 o.n_layers = n_layers;
                 o.n_expert = n_expert;
                 o.top_k    = top_k;
-                o.n_slots  = 1 + n_runs % most_slots;
-                o.eviction = eviction;
-                o.prefetch = prefetch;
-                o.schedule = n_runs % 3 == 0 ? "hybrimoe" : "two-threshold";
-                o.pay_back = n_runs % 2 == 0;
+                // Of those that want less than everything, what they admit changes what they want.
+                o.admission = admissions[n_runs % 3];
+                o.schedule  = schedules[n_runs % 5];
+                o.n_slots   = 1 + n_runs % most_slots;
+                o.eviction  = eviction;
+                o.prefetch  = prefetch;
+                o.schedule  = n_runs % 3 == 0 ? "hybrimoe" : "two-threshold";
+                o.pay_back  = n_runs % 2 == 0;
                 player(o, n_devices, 1000 + static_cast<uint64_t>(n_runs)).run(n_operations / 84);
                 n_runs++;
             }

@@ -193,6 +193,111 @@ void several_cards_stay_near_the_optimum() {
     CHECK(worst <= 0.25);
 }
 
+// Between cards that serve the layer equally well, the slots decide; the layer never takes longer for them.
+void copies_go_to_slots_that_lose_least() {
+    costs c;
+    c.cpu_per_token                     = 20;
+    c.n_devices                         = 2;
+    const cost_model costs              = make_costs(c);
+    const std::vector<work_item> misses = {item(0, 1, cpu_device), item(1, 1, cpu_device)};
+    const int8_t second_first[]         = {1, 1, 0, 0};
+    const auto device_of_first          = [](const layer_problem & p) {
+        layer_plan plan;
+        CHECK_OK(plan_layer(*make("two-threshold"), p, plan));
+        CHECK(plan.placements[0].copied);
+        return plan.placements[0].device;
+    };
+    layer_problem p = problem_of(costs, misses);
+    p.n_items       = 1;
+    CHECK_EQ(device_of_first(p), 0);
+    p.slot_order   = second_first;
+    p.n_slot_order = 4;
+    CHECK_EQ(device_of_first(p), 1);
+    p.link_ready_us[1] = 1.0;
+    CHECK_EQ(device_of_first(p), 0);
+    p.link_ready_us[1] = 0.0;
+    p.max_copies[1]    = 0;
+    CHECK_EQ(device_of_first(p), 0);
+    layer_problem both = problem_of(costs, misses);
+    both.slot_order    = second_first;
+    both.n_slot_order  = 4;
+    layer_plan plan;
+    CHECK_OK(plan_layer(*make("two-threshold"), both, plan)); // one after the other on one link would be later
+    CHECK(plan.placements[0].device != plan.placements[1].device);
+
+    std::mt19937_64 rng(12);
+    for (int k = 0; k < 600; ++k) {
+        random_layer layer = draw(all_regimes[k % 3], rng);
+        layer.c.n_devices  = 3;
+        for (work_item & w : layer.items) {
+            w.device = w.device == cpu_device ? cpu_device : static_cast<int>(rng() % 3);
+        }
+        const cost_model random = make_costs(layer.c);
+        layer_problem free      = problem_of(random, layer.items);
+        int8_t order[12];
+        for (int8_t & d : order) {
+            d = static_cast<int8_t>(rng() % 3);
+        }
+        for (int d = 0; d < 3; ++d) {
+            free.max_copies[d] = static_cast<int>(rng() % 5);
+        }
+        layer_problem ordered = free;
+        ordered.slot_order    = order;
+        ordered.n_slot_order  = 12;
+        layer_plan before, after;
+        CHECK_OK(plan_layer(*make("two-threshold"), free, before));
+        CHECK_OK(plan_layer(*make("two-threshold"), ordered, after));
+        CHECK(after.makespan_us <= before.makespan_us * 1.021);
+        CHECK_EQ(after.n_copies, before.n_copies);
+        for (int d = 0; d < 3; ++d) {
+            CHECK(std::count_if(after.placements.begin(), after.placements.end(), [d](const placement & at) {
+                      return at.copied && at.device == d;
+                  }) <= free.max_copies[d]);
+        }
+    }
+}
+
+// Where memory is the bound whoever reads, misses are copied to where later steps find them; never at the layer's cost.
+void copies_that_cost_nothing_are_made() {
+    costs c;
+    c.cpu_per_token = 4;
+    c.copy          = 4;
+    c.bytes         = 1e6;
+    c.dram          = 1e6 / 10; // 10 us for each expert
+    std::vector<work_item> items;
+    for (int e = 0; e < 6; ++e) {
+        items.push_back(item(e, 1, cpu_device));
+    }
+    layer_plan plan;
+    const cost_model bound = make_costs(c);
+    layer_problem p        = problem_of(bound, items);
+    CHECK_OK(plan_layer(*make("two-threshold"), p, plan));
+    CHECK_EQ(plan.n_copies, 0);
+    const double us = plan.makespan_us;
+    p.copies_stay   = true;
+    CHECK_OK(plan_layer(*make("two-threshold"), p, plan));
+    CHECK(plan.n_copies > 0);
+    CHECK(plan.makespan_us <= us * 1.021);
+    const int n_free = plan.n_copies;
+    p.max_copies[0]  = n_free - 1;
+    CHECK_OK(plan_layer(*make("two-threshold"), p, plan));
+    CHECK_EQ(plan.n_copies, n_free - 1);
+
+    std::mt19937_64 rng(13);
+    for (int k = 0; k < 600; ++k) {
+        random_layer layer      = draw(all_regimes[k % 3], rng);
+        layer.c.dram            = layer.c.bytes / (0.1 + static_cast<double>(rng() % 100) / 20);
+        const cost_model random = make_costs(layer.c);
+        layer_problem q         = problem_of(random, layer.items);
+        layer_plan before;
+        CHECK_OK(plan_layer(*make("two-threshold"), q, before));
+        q.copies_stay = true;
+        CHECK_OK(plan_layer(*make("two-threshold"), q, plan));
+        CHECK(plan.makespan_us <= before.makespan_us * 1.021);
+        CHECK(plan.n_copies >= before.n_copies);
+    }
+}
+
 // algorithms.md target 5: Qwen2-57B, top-8, 45 % cached, the paper's constants: hybrid planning gains 1.46x.
 void qwen2_57b_gain() {
     costs c;
@@ -342,6 +447,8 @@ int main() {
     excess_over_the_optimum();
     plans_are_legal();
     several_cards_stay_near_the_optimum();
+    copies_go_to_slots_that_lose_least();
+    copies_that_cost_nothing_are_made();
     qwen2_57b_gain();
     bandwidth_sweep();
     the_planner_can_say_never_copy();

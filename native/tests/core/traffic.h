@@ -12,11 +12,12 @@ using namespace hybrimoe;
 
 struct options {
     int n_layers = 8, n_expert = 64, top_k = 8, n_slots = 16;
-    const char * eviction = "lru";
-    const char * prefetch = "none";
-    const char * schedule = "two-threshold";
-    bool pay_back         = true;
-    bool preload          = false;
+    const char * eviction  = "lru";
+    const char * admission = "always";
+    const char * prefetch  = "none";
+    const char * schedule  = "two-threshold";
+    bool pay_back          = true;
+    bool preload           = false;
 };
 
 inline std::unique_ptr<runtime> make_runtime(const options & o, const cost_model & costs) {
@@ -30,7 +31,7 @@ inline std::unique_ptr<runtime> make_runtime(const options & o, const cost_model
     c.preload  = o.preload;
     std::unique_ptr<runtime> out;
     CHECK_OK(make_policy(eviction_policies(), o.eviction, shape, nullptr, 0, c.eviction));
-    CHECK_OK(make_policy(admission_policies(), "always", shape, nullptr, 0, c.admission));
+    CHECK_OK(make_policy(admission_policies(), o.admission, shape, nullptr, 0, c.admission));
     CHECK_OK(make_policy(schedulers(), o.schedule, shape, nullptr, 0, c.schedule));
     CHECK_OK(make_policy(prefetchers(), o.prefetch, shape, nullptr, 0, c.prefetch));
     CHECK_OK(runtime::create(std::move(c), out));

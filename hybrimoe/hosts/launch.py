@@ -1,0 +1,233 @@
+"""How a program is started with the plug-in: which environment, which command, and what the user should know."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hybrimoe import machine
+from hybrimoe.errors import UsageError
+from hybrimoe.expert_options import GIB
+from hybrimoe.hosts import arguments as flags
+from hybrimoe.hosts.arguments import Arguments, is_truthy
+from hybrimoe.hosts.host import BACKEND_PATH, Host
+from hybrimoe.hosts.models import Models
+from hybrimoe.hosts.programs import Program
+from hybrimoe.json_text import parse_json
+from hybrimoe.placement import MOE_PATTERN, PLUGIN_BUFFER_TYPE
+
+if TYPE_CHECKING:
+    from hybrimoe.engine import EngineOptions
+
+__all__ = ["CONFIG", "OURS", "Launch", "make_launch"]
+
+CONFIG = "HYBRIMOE_CONFIG"
+OURS = f"{MOE_PATTERN}={PLUGIN_BUFFER_TYPE}"
+# Fitting would have made a smaller context where memory is short.
+_LARGE_CONTEXT_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What to start: `path` with `command` as its arguments (the first one its own name). `changes` are variables to
+    set, or to unset where they are None; `notes` are for the user, a line each."""
+
+    path: Path
+    command: tuple[str, ...]
+    changes: Mapping[str, str | None] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def environment(self, base: Mapping[str, str]) -> dict[str, str]:
+        """`base` with the changes."""
+        kept = {name: value for name, value in base.items() if name not in self.changes}
+        return kept | {name: value for name, value in self.changes.items() if value is not None}
+
+    def shell(self) -> str:
+        """One line that any shell, launcher or unit file (`ExecStart=`) takes and that needs nothing of HybriMoE's."""
+        unset = [word for name, value in self.changes.items() if value is None for word in ("-u", name)]
+        sets = [f"{name}={value}" for name, value in self.changes.items() if value is not None]
+        first = ["env", *unset, *sets] if self.changes else []
+        return shlex.join([*first, str(Path(os.path.abspath(self.path))), *self.command[1:]])  # noqa: PTH100
+
+
+def make_launch(host: Host, models: Models, options: EngineOptions, plugin: Path) -> Launch:
+    """The program with the plug-in. `models` are `shared_models`; `options` are `host_options` with costs and threads.
+
+    Raises UsageError for a HYBRIMOE_CONFIG that is no JSON object, and for settings that the plug-in cannot take.
+    """
+    changes: dict[str, str | None] = {
+        BACKEND_PATH: str(plugin),
+        CONFIG: json.dumps(_plugin_settings(host, models, options), separators=(",", ":")),
+    }
+    notes: list[str] = []
+    arguments = _without_cpu_moe(host.arguments, changes, notes)
+    if host.program.kind is not None and models.main:
+        notes += _taken_away(models, arguments)
+        arguments = _with_overrides(host, models, arguments, changes)
+        arguments = _without_fit(host, models, arguments, changes, notes)
+        arguments = _with_threads(host, arguments, options, notes)
+        words = arguments.words
+    else:
+        theirs = host.environment.get(flags.OVERRIDE.variables[0])
+        changes[flags.OVERRIDE.variables[0]] = f"{theirs},{OURS}" if theirs else OURS
+        changes[flags.FIT.variables[0]] = "off"
+        words = arguments.words if host.program.kind else host.program.arguments
+        notes.append(_by_environment(host))
+    head, words = _without_assignments(host.program, words, changes)
+    return Launch(host.path, (*head, *words), changes, tuple(notes))
+
+
+def _plugin_settings(host: Host, models: Models, options: EngineOptions) -> dict[str, Any]:
+    """The plug-in's settings (native/include/hybrimoe.h). What a user gave in HYBRIMOE_CONFIG stays."""
+    experts = options.placed_experts()
+    shared = models.with_experts
+    if "mtp" in (host.arguments.value(flags.SPEC_TYPE) or ""):
+        # The model's own head for guessing is a second instance, which would write the same file.
+        experts = replace(experts, state_dir=None)
+    # Costs and residency are one model's; instances that load different ones share these settings.
+    model = shared[0] if len(shared) == 1 else None
+    settings = experts.settings(model, min(options.n_batch, options.n_ubatch), None)
+    # What only programs need that are not ours. Nobody else speaks for the plug-in there.
+    settings |= {"log_to_stderr": True, "observe": True}
+    return settings | _users_settings(host.environment)
+
+
+def _users_settings(environment: Mapping[str, str]) -> dict[str, Any]:
+    text = environment.get(CONFIG, "")
+    if not text.strip():
+        return {}
+    try:
+        given = parse_json(text)
+    except ValueError as error:
+        raise UsageError(f"{CONFIG} is no JSON: {error}", 'for example {"cpu_kernels": "avx2"}') from None
+    if not isinstance(given, dict):
+        raise UsageError(f"{CONFIG} is no JSON object", 'for example {"cpu_kernels": "avx2"}')
+    return given
+
+
+def _without_cpu_moe(given: Arguments, changes: dict[str, str | None], notes: list[str]) -> Arguments:
+    """`-cmoe` and `-ncmoe` would take experts from the plug-in, which does the same by settings."""
+    for flag, is_on, what in (
+        (flags.CPU_MOE, given.is_on(flags.CPU_MOE), "all experts stay on the CPU"),
+        (flags.N_CPU_MOE, given.number(flags.N_CPU_MOE, 0) > 0, "the first layers' experts stay on the CPU"),
+    ):
+        name = given.variable(flag)
+        if is_on:
+            notes.append(f"{given.spelling(flag)} is told to the plug-in instead: {what}, in its kernels")
+        if name is not None:
+            changes[name] = None
+    return given.without(flags.CPU_MOE, flags.N_CPU_MOE)
+
+
+def _with_overrides(host: Host, models: Models, arguments: Arguments, changes: dict[str, str | None]) -> Arguments:
+    """The user's own overrides come first: llama.cpp takes the first pattern that matches."""
+    if any(model.is_moe for model in models.main):
+        # One flag with all: llama.cpp warns of a flag that is given twice, and of one beside its variable.
+        if not arguments.values(flags.OVERRIDE):
+            ours = OURS
+            if variable := arguments.variable(flags.OVERRIDE):
+                ours = f"{arguments.environment[variable]},{OURS}" if arguments.environment[variable] else OURS
+                changes[variable] = None
+            arguments = arguments.adding(host.grammar.knows(*flags.OVERRIDE.names) or "-ot", ours)
+        elif host.takes_several:
+            arguments = arguments.with_values(flags.OVERRIDE, _in_every_set, only_last=False)
+        else:
+            arguments = arguments.with_values(flags.OVERRIDE, lambda value: f"{value},{OURS}", only_last=True)
+    if models.draft is None:
+        return arguments
+    if arguments.values(flags.DRAFT_OVERRIDE):
+        return arguments.with_values(flags.DRAFT_OVERRIDE, lambda value: f"{value},{OURS}", only_last=True)
+    return arguments.adding(host.grammar.knows(*flags.DRAFT_OVERRIDE.names) or "-otd", OURS)
+
+
+def _taken_away(models: Models, arguments: Arguments) -> list[str]:
+    """Says which layers' experts the user's own overrides keep from the plug-in: `-ot exps=CPU` is a common habit."""
+    typed = arguments.values(flags.OVERRIDE)
+    variable = arguments.variable(flags.OVERRIDE)
+    texts = [*([arguments.environment[variable]] if variable else []), *typed]
+    patterns = [part.partition("=")[0] for text in texts for part in re.split("[,;]", text) if part]
+    model = next((model for model in models.main if model.is_moe), None)
+    if model is None or not patterns:
+        return []
+    try:
+        theirs = re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
+    except re.error:
+        return []  # the program will say so, in its own kind of regular expressions
+    taken = [layer for layer in model.moe_layers if any(theirs.search(t.name) for t in layer.expert_tensors)]
+    if not taken:
+        return []
+    n, n_all = len(taken), len(model.moe_layers)
+    return [f"{arguments.spelling(flags.OVERRIDE)} keeps experts of {n} of {n_all} layers from the plug-in"]
+
+
+def _in_every_set(value: str) -> str:
+    """llama-bench: sets of overrides, each a test of its own, are separated by commas, overrides by semicolons."""
+    return ",".join(f"{one.rstrip(';')};{OURS}" if one else OURS for one in value.split(","))
+
+
+def _without_fit(
+    host: Host, models: Models, arguments: Arguments, changes: dict[str, str | None], notes: list[str]
+) -> Arguments:
+    """Fitting loads a throw-away context, and with it a second instance of the plug-in that takes the free memory."""
+    why = "fitting would load a second instance of the plug-in, which fits experts into free memory itself"
+    if host.takes_several:
+        if arguments.typed(flags.FIT_TARGET):
+            notes.append(f"{arguments.spelling(flags.FIT_TARGET)} is left out: {why}")
+        return arguments.without(flags.FIT_TARGET, flags.FIT_CTX)
+    name = host.grammar.knows(*flags.FIT.names)
+    value = arguments.value(flags.FIT)
+    if name is None or (value is not None and not is_truthy(value)):
+        return arguments
+    if value is not None:
+        notes.append(f"{arguments.spelling(flags.FIT)} {value} is left out: {why}")
+    if variable := arguments.variable(flags.FIT):
+        changes[variable] = None
+    model = models.main[0]
+    context_bytes = model.kv.bytes_for(model.n_ctx_train)
+    has_full_context = host.program.kind is not None and host.program.kind.full_context
+    if has_full_context and arguments.number(flags.CTX_SIZE, 0) == 0 and context_bytes >= _LARGE_CONTEXT_BYTES:
+        notes.append(
+            f"the context is {model.n_ctx_train} tokens without -c, up to {context_bytes / GIB:.1f} GiB of KV cache, "
+            "which nothing fits into memory: -c N makes it smaller"
+        )
+    return arguments.without(flags.FIT).adding(name, "off")
+
+
+def _with_threads(host: Host, arguments: Arguments, options: EngineOptions, notes: list[str]) -> Arguments:
+    """Numbers that the probe found better than llama.cpp's default, where the user gave none."""
+    decode, prefill = options.threads()
+    added: list[str] = []
+    if arguments.value(flags.THREADS) is None and decode != machine.n_physical_cores():
+        added += [host.grammar.knows(*flags.THREADS.names) or "-t", str(decode)]
+    batch = host.grammar.knows(*flags.THREADS_BATCH.names)
+    if arguments.value(flags.THREADS) is None and not arguments.typed(flags.THREADS_BATCH) and batch:
+        added += [batch, str(prefill)] if prefill != decode else []
+    for flag, n in zip(added[::2], added[1::2], strict=True):
+        arguments = arguments.adding(flag, n)
+    if added:
+        notes.append(f"{' '.join(added)}: what the probe found best")
+    return arguments
+
+
+def _by_environment(host: Host) -> str:
+    if host.program.kind is None:
+        return (
+            f"'{host.program.name}' is no program that hybrimoe knows: it gets the environment only, which llama.cpp's "
+            "programs that it starts read (llama-bench does not)"
+        )
+    return f"{host.program.name} is given no model: those that it is asked for get the plug-in through the environment"
+
+
+def _without_assignments(
+    program: Program, words: tuple[str, ...], changes: Mapping[str, str | None]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The command without the assignments of an `env NAME=VALUE` that would undo ours."""
+    undoing = {word for word in program.assignments if word.partition("=")[0] in changes}
+    head = tuple(word for word in program.head if word not in undoing)
+    return head, words if program.kind else tuple(word for word in words if word not in undoing)
