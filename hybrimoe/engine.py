@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -28,12 +27,12 @@ from hybrimoe.expert_options import ExpertOptions
 from hybrimoe.generation import RANDOM_SEED, Answer, Sampling
 from hybrimoe.gguf_model import GgufModel, inspect
 from hybrimoe.interrupt import AbortFlag, abort_on_interrupt
-from hybrimoe.live.heat import ExpertHeat, heat_ring_bytes
 from hybrimoe.llama_log import LlamaLog, llama_log
 from hybrimoe.llama_seam import Loader, LoadSettings
 from hybrimoe.native.backend_modules import backend_module_paths, device_names, load_backend_modules
 from hybrimoe.native.plugin import LayerCounters, Plugin, ggml_library, load_plugin
 from hybrimoe.placement import PLUGIN_BUFFER_TYPE, Placement, buffer_types
+from hybrimoe.trace.identity import identity_of
 from hybrimoe.trace.live import LiveRecorder, check_target, ring_bytes
 
 # (ggml type, bytes per element) of the KV cache types that llama.cpp accepts (`kv_cache_types` in common/arg.cpp).
@@ -61,8 +60,8 @@ class EngineOptions:
     `n_ctx` 0: the context the model was trained with. Threads None: one per physical core; 0 or less: one per hardware
     thread; `n_threads_batch` None: as `n_threads`. `n_gpu_layers` below 0: all layers (without their experts).
     `backends` are modules of ggml backends to load first; None: those that HYBRIMOE_BACKENDS names. `trace` is a file
-    that routing and decisions are recorded into (docs/trace-format.md); it must not exist yet. `heat` counts which
-    experts are asked for (`Engine.heat`).
+    that routing and decisions are recorded into (docs/trace-format.md); it must not exist yet. `observe` lets other
+    processes of the user watch, and counts which experts are asked for (docs/observability.md).
     """
 
     n_ctx: int = 0
@@ -82,7 +81,7 @@ class EngineOptions:
     experts: ExpertOptions = field(default_factory=ExpertOptions)
     backends: tuple[Path, ...] | None = None
     trace: Path | None = None
-    heat: bool = False
+    observe: bool = False
 
     def placed_experts(self) -> ExpertOptions:
         """`experts` with what `cpu_moe` and `n_cpu_moe` mean to the plug-in."""
@@ -170,9 +169,6 @@ class Engine(llama_cpp.Llama):  # type: ignore[misc]
         self.n_prompt_tokens = self.n_generated = 0
         self.prompt_s = self.generation_s = 0.0
         self.phase = "idle"
-        self.heat: ExpertHeat | None = None
-        self._counted_before: dict[str, float] = {}
-        self._reset_lock = threading.RLock()
         self._pieces: dict[int, bytes] = {}
         self._templates = TemplateProcess()
         self._last_event = 0
@@ -202,7 +198,7 @@ class Engine(llama_cpp.Llama):  # type: ignore[misc]
                 try:
                     self._load(str(self.info.path), n_ctx, llama_arguments)
                 finally:
-                    if self.plugin is not None and (options.trace is not None or options.heat):
+                    if self.plugin is not None and options.trace is not None:
                         self.plugin.configure(trace=0, trace_scores=True)  # of this instance alone
             self.context_size = self.n_ctx()  # for those who may ask when the context is freed already
             if self.n_ctx() > len(self.input_ids):
@@ -228,25 +224,16 @@ class Engine(llama_cpp.Llama):  # type: ignore[misc]
         settings = experts.settings(self.info, n_batch, known)
         if self.options.trace is not None:
             settings["trace"] = ring_bytes(self.info, n_batch)
-        elif self.options.heat:
-            settings |= {"trace": heat_ring_bytes(self.info, n_batch), "trace_scores": False}
-        return settings
+        return {**settings, "observe": self.options.observe}
 
     def _start_recording(self) -> None:
-        if self.plugin is None:
-            return
-        if self.options.heat:
-            self.heat = ExpertHeat(self.info, self.plugin.trace_ring(self.plugin_instance))
-        if self.options.trace is not None:
-            if self.heat is not None:
-                self.heat.leave_ring_to_others()
+        if self.plugin is not None and self.options.trace is not None:
             self.recorder = LiveRecorder(
                 self.plugin.trace_ring(self.plugin_instance),
                 self.options.trace,
-                self.info,
+                identity_of(self.info),
                 on_failure=self._on_trace_failure,
                 source={"tool": "hybrimoe --trace", "plug-in": self.plugin.version},
-                on_read=self.heat.add if self.heat is not None else None,
             )
 
     def _load(self, path: str, n_ctx: int, arguments: dict[str, Any]) -> None:
@@ -448,9 +435,9 @@ class Engine(llama_cpp.Llama):  # type: ignore[misc]
         """The plug-in's counters per layer since the last reset; empty without the plug-in."""
         return [] if self.plugin is None else self.plugin.counters(self.plugin_instance)
 
-    def residency(self, layer: int) -> list[int]:
-        """Per expert of `layer` (llama.cpp's index) the accelerator that holds it, -1 for none; empty if unknown."""
-        return [] if self.plugin is None else self.plugin.residency(self.plugin_instance, layer)
+    def residency(self) -> dict[int, list[int]]:
+        """Per layer (llama.cpp's index) and expert the accelerator that holds it, -1 for none; empty where unknown."""
+        return {} if self.plugin is None else self.plugin.residency(self.plugin_instance)
 
     def expert_state(self) -> dict[str, Any]:
         """Accelerators with slots and costs, statistics since the start, guard; empty without the plug-in."""
@@ -466,18 +453,9 @@ class Engine(llama_cpp.Llama):  # type: ignore[misc]
         self._last_event = events[-1][0] if events else self._last_event
         return [line for _, line in events]
 
-    def counted(self) -> dict[str, float]:
-        """All counters, summed over layers since the engine was made: resets do not set them back. Thread-safe."""
-        with self._reset_lock:
-            layers = self.counters()
-            names = [f.name for f in fields(LayerCounters) if f.name != "layer"]
-            return {n: self._counted_before.get(n, 0) + sum(getattr(c, n) for c in layers) for n in names}
-
     def reset_counters(self) -> None:
         if self.plugin is not None:
-            with self._reset_lock:
-                self._counted_before = self.counted()
-                self.plugin.reset_counters(self.plugin_instance)
+            self.plugin.reset_counters(self.plugin_instance)
 
     def verify(self, *, strict: bool = False) -> Verification:
         """Compares the plug-in's counters with the model's MoE layers; call it after the first step.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -91,7 +92,7 @@ def engine_options(settings: Settings) -> EngineOptions:
         plugin=settings.plugin,
         experts=expert_options(settings),
         trace=None if settings.trace is None else Path(settings.trace),
-        heat=bool(settings.values.get("live", False)),
+        observe=bool(settings.values.get("live", False)),
     )
 
 
@@ -153,17 +154,17 @@ def watchable(settings: Settings, engine: Engine, command: str) -> Iterator[None
     if not settings.live:
         yield
         return
-    from hybrimoe.live.snapshot import LiveSampler
-    from hybrimoe.live.sockets import LiveSocket
+    from hybrimoe.live.host import Host
 
-    try:
-        live = LiveSocket(LiveSampler(engine, command).snapshot)
-    except HybrimoeError as error:
-        if settings.verbose:
-            warn(f"hybrimoe top cannot watch: {error.message}", "--no-live")
-        yield
-        return
-    with live:
+    with contextlib.ExitStack() as stack:
+        try:
+            host = stack.enter_context(Host(engine, command))
+            host.serve()
+            if settings.verbose and not host.is_watchable:
+                warn("hybrimoe top cannot watch: there can be no socket", "--no-live")
+        except HybrimoeError as error:
+            if settings.verbose:
+                warn(f"hybrimoe top cannot watch: {error.message}", "--no-live")
         yield
 
 

@@ -71,6 +71,7 @@ def residency_table(engine: Engine) -> str:
     """Where the experts of each layer are, and how large they are."""
     verification = engine.verification
     rows = []
+    on = engine.residency()
     for layer in engine.info.moe_layers:
         if layer.predicts_ahead:
             continue
@@ -86,18 +87,15 @@ def residency_table(engine: Engine) -> str:
                 "/".join(layer.expert_types),
                 size_text(layer.bytes_per_expert),
                 size_text(layer.expert_bytes),
-                _where(engine, layer.index),
+                _where(engine, on.get(layer.index, [])),
                 runs_in,
             ]
         )
     return table(["layer", "experts", "top-k", "type", "per expert", "all", "on", "run by"], rows)
 
 
-def _where(engine: Engine, layer: int) -> str:
+def _where(engine: Engine, on: list[int]) -> str:
     """'CPU', or how many of the layer's experts each accelerator holds: 'CUDA0 32, CPU 96'."""
-    if engine.plugin is None:
-        return "CPU"
-    on = engine.plugin.residency(engine.plugin_instance, layer)
     names = [device["name"] for device in engine.expert_state().get("devices", ())]
     held = [(name, on.count(i)) for i, name in enumerate(names) if on.count(i)]
     if not held:

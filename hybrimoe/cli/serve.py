@@ -27,7 +27,7 @@ def serve(settings: Settings, positionals: list[str]) -> int:
         raise UsageError(f"unexpected argument '{positionals[1]}'", "hybrimoe serve takes one model")
     if positionals and settings.sources["model"] == "flag":
         raise UsageError(f"the model is given twice, by -m and by '{positionals[0]}'")
-    _check_packages()
+    check_packages()
     api_key = _api_key(settings)
     from hybrimoe.server.run import bind
 
@@ -36,7 +36,8 @@ def serve(settings: Settings, positionals: list[str]) -> int:
         return _serve(settings, path, api_key, bound)
 
 
-def _check_packages() -> None:
+def check_packages() -> None:
+    """Raises HybrimoeError where a package that servers need is missing."""
     for name in _NEEDS:
         try:
             importlib.import_module(name)
@@ -64,10 +65,11 @@ def _api_key(settings: Settings) -> str | None:
 
 def _serve(settings: Settings, path: Path, api_key: str | None, bound: Any) -> int:
     from hybrimoe.gguf_model import inspect
+    from hybrimoe.live.host import Host
     from hybrimoe.live.snapshot import LiveSampler
-    from hybrimoe.live.sockets import LiveSocket
     from hybrimoe.server.app import Service
     from hybrimoe.server.gate import Limits, is_loopback
+    from hybrimoe.server.metrics import Metrics
     from hybrimoe.server.requests import Defaults
     from hybrimoe.server.run import ServerOptions, serve, shown_url
     from hybrimoe.server.worker import Worker
@@ -88,10 +90,10 @@ def _serve(settings: Settings, path: Path, api_key: str | None, bound: Any) -> i
             yield engine
 
     worker = Worker(opens, max_waiting=settings.max_waiting)
-    sampler = LiveSampler(None, "serve", lambda: _activity(worker, url), model=names[0])
+    host = Host(None, "serve", lambda: _activity(worker, url), model=names[0])
 
     def on_ready(engine: ServerEngine) -> None:
-        sampler.engine = engine
+        host.engine = engine
         engine.on_event = note
         for line in engine.new_expert_events():
             note(line)
@@ -100,10 +102,10 @@ def _serve(settings: Settings, path: Path, api_key: str | None, bound: Any) -> i
     worker.on_ready = on_ready
     service = Service(
         worker,
-        sampler,
+        LiveSampler(host.read),
         # What an earlier request left in the KV cache was rounded by other kernels (docs/reproducibility.md).
         Defaults(names, sampling(settings), settings.n_predict, cache_prompt=not settings.reproducible),
-        with_metrics=settings.metrics,
+        Metrics(host.read) if settings.metrics else None,
         on_failure=lambda error: _log_failure(error, settings.verbose),
         on_answer=_log_answer,
     )
@@ -112,10 +114,9 @@ def _serve(settings: Settings, path: Path, api_key: str | None, bound: Any) -> i
     options = ServerOptions(settings.host, settings.port, api_key, limits, header_s, settings.grace)
     if api_key is None and not is_loopback(settings.host):
         warn(f"everybody who can reach {settings.host} can use this server", "set LLAMA_API_KEY, or --host 127.0.0.1")
-    with contextlib.ExitStack() as stack:
+    with host:
         if settings.live:
-            with contextlib.suppress(HybrimoeError):
-                stack.enter_context(LiveSocket(sampler.snapshot))
+            host.serve()
         return serve(service, options, bound, note)
 
 
@@ -129,6 +130,12 @@ def _activity(worker: Any, url: str) -> dict[str, Any]:
             "done": totals.n_done,
             "failed": totals.n_failed,
             "cancelled": totals.n_cancelled,
+        },
+        "answers": {
+            "prompt_tokens": totals.n_prompt,
+            "prompt_s": totals.prompt_s,
+            "generated_tokens": totals.n_generated,
+            "generation_s": totals.generation_s,
         },
     }
 

@@ -1,4 +1,4 @@
-"""`hybrimoe top`: watch a running server, chat or run."""
+"""`hybrimoe top`: watch any process of this user that the plug-in runs in."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hybrimoe.cli.console import is_terminal
+from hybrimoe.cli.console import is_terminal, note
 from hybrimoe.cli.options import HELP_NAMES, finish
 from hybrimoe.errors import HybrimoeError, UsageError
 
 if TYPE_CHECKING:
-    from hybrimoe.live.sockets import LiveProcess
+    from hybrimoe.live.sockets import WatchedProcess
 
 _ONCE_SNAPSHOTS = 2  # rates need two
 
@@ -45,14 +45,28 @@ def add_to(app: typer.Typer) -> None:
                 "--api-key", metavar="KEY", envvar="LLAMA_API_KEY", show_envvar=False, help="The server's key."
             ),
         ] = None,
+        serve: Annotated[
+            int | None,
+            typer.Option(
+                "--serve",
+                metavar="PORT",
+                min=0,
+                max=65535,
+                help="Serve the live page, /live and /metrics of the process on this port of 127.0.0.1 (0: any).",
+                show_default=False,
+            ),
+        ] = None,
         list_: Annotated[
             bool, typer.Option("--list/--no-list", help="List what can be watched.", show_default=False)
         ] = False,
     ) -> None:
         """Watch what a running server, chat or run does: speed, hit rate, who computes, what is where.
 
-        Chats and runs of the same user are found by themselves, servers too; others by their address. Ctrl-C ends.
+        Processes of the same user are found by themselves, other programs that load the plug-in too; servers of others
+        by their address. Ctrl-C ends.
         """
+        if serve is not None:
+            finish(lambda: _serve(target, serve))
         finish(lambda: _list(as_json) if list_ else _top(target, once, as_json, interval, api_key))
 
 
@@ -72,14 +86,31 @@ def _top(target: str | None, once: bool, as_json: bool, interval: float, api_key
 def _source(target: str | None, interval: float, api_key: str | None) -> Iterator[dict[str, Any]]:
     """Snapshots of what the user named. Raises UsageError, HybrimoeError."""
     from hybrimoe.live.remote import live_url, poll_snapshots
-    from hybrimoe.live.sockets import read_snapshots
 
     if target is not None and not target.isdecimal():
         return poll_snapshots(live_url(target), interval, api_key)
-    return _thinned(read_snapshots(_process(target).path), interval)
+    return _snapshots(choose_process(target), interval)
 
 
-def _process(target: str | None) -> LiveProcess:
+def _snapshots(process: WatchedProcess, period_s: float) -> Iterator[dict[str, Any]]:
+    """Snapshots of a process, one each `period_s`, until it ends. Raises HybrimoeError when it cannot be reached."""
+    from hybrimoe.live.snapshot import LiveSampler
+    from hybrimoe.live.sockets import Observer, ObserverGoneError
+
+    with Observer(process.path) as observer:
+        sampler = LiveSampler(observer.read)
+        while True:
+            start = time.monotonic()
+            try:
+                snapshot = sampler.snapshot()
+            except ObserverGoneError:
+                return
+            yield snapshot
+            time.sleep(max(0.0, period_s - (time.monotonic() - start)))
+
+
+def choose_process(target: str | None) -> WatchedProcess:
+    """The process of that number, or the only one there is. Raises UsageError, HybrimoeError."""
     from hybrimoe.live.sockets import processes
 
     found = processes()
@@ -98,16 +129,35 @@ def _process(target: str | None) -> LiveProcess:
     return found[0]
 
 
-def _title(process: LiveProcess) -> str:
+def _serve(target: str | None, port: int) -> int:
+    """Serves the page and the figures of a process until a signal."""
+    if target is not None and not target.isdecimal():
+        raise UsageError("--serve is for a process of this machine", "a server has its own page and /metrics")
+    from hybrimoe.cli.serve import check_packages
+
+    check_packages()
+    from hybrimoe.live.companion import serve_companion
+    from hybrimoe.server.run import bind, shown_url
+
+    process = choose_process(target)
+    with bind("127.0.0.1", port) as bound:
+        where = f"at {shown_url(bound)} (page at /, /live, /metrics; Ctrl-C stops)"
+        note(f"watching {process.pid} ({_title(process)}) {where}")
+        return serve_companion(process.path, bound)
+
+
+def _title(process: WatchedProcess) -> str:
     snapshot = _first(process)
     return f"{snapshot.get('command', '?')} {snapshot.get('model', {}).get('name', '')}".strip()
 
 
-def _first(process: LiveProcess) -> dict[str, Any]:
-    from hybrimoe.live.sockets import read_snapshots
+def _first(process: WatchedProcess) -> dict[str, Any]:
+    from hybrimoe.live.snapshot import live_snapshot
+    from hybrimoe.live.sockets import Observer
 
     try:
-        return next(read_snapshots(process.path, 5.0), {})
+        with Observer(process.path, 5.0) as observer:
+            return live_snapshot(observer.ask("snapshot counters state"), None)
     except HybrimoeError:
         return {}
 
@@ -126,15 +176,6 @@ def _list(as_json: bool) -> None:
         return
     head = ["pid", "command", "phase", "url", "model"]
     print(table(head, [[str(row[name]) for name in head] for row in rows]))
-
-
-def _thinned(snapshots: Iterator[dict[str, Any]], interval: float) -> Iterator[dict[str, Any]]:
-    """Sockets send one a second; leaves out what comes earlier than the user wants."""
-    due = 0.0
-    for snapshot in snapshots:
-        if time.monotonic() >= due:
-            due = time.monotonic() + interval - 0.5
-            yield snapshot
 
 
 def _last_of(snapshots: Iterator[dict[str, Any]], n: int) -> Iterator[dict[str, Any]]:

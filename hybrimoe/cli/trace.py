@@ -32,7 +32,9 @@ def make_app() -> typer.Typer:
 
     @app.command(context_settings=HELP_NAMES)
     def record(
-        model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="By default the demo model.")] = None,
+        model: Annotated[
+            str | None, typer.Argument(metavar="[MODEL or PID]", help="By default the demo model; with --attach a PID.")
+        ] = None,
         output: Annotated[Path | None, _OUTPUT] = None,
         prompt: Annotated[
             list[str] | None, typer.Option("-p", "--prompt", metavar="TEXT", help="A prompt; may be repeated.")
@@ -42,8 +44,16 @@ def make_app() -> typer.Typer:
         ] = None,
         prompts: Annotated[int | None, _PROMPTS] = None,
         n_predict: Annotated[
-            int, typer.Option("-n", "--n-predict", metavar="N", min=-1, help="Tokens to answer.")
-        ] = 64,
+            int | None,
+            typer.Option(
+                "-n",
+                "--n-predict",
+                metavar="N",
+                min=-1,
+                help="Tokens to answer [default: 64]; with --attach tokens to record [default: until Ctrl-C].",
+                show_default=False,
+            ),
+        ] = None,
         ctx_size: Annotated[
             int, typer.Option("-c", "--ctx-size", metavar="N", min=0, help="Context in tokens.")
         ] = 2048,
@@ -65,17 +75,34 @@ def make_app() -> typer.Typer:
         lookahead: Annotated[
             bool, typer.Option("--lookahead/--no-lookahead", help="Record what the next gates would predict.")
         ] = True,
+        attach: Annotated[
+            bool,
+            typer.Option(
+                "--attach/--no-attach", help="Read along in a running process ('hybrimoe top').", show_default=False
+            ),
+        ] = False,
         force: Annotated[bool, _FORCE] = False,
     ) -> None:
         """Record routing while the model answers prompts: experts, weights, all scores and look-ahead predictions.
 
-        Without -p and -f it answers a set of everyday questions. Nothing is timed.
+        Without -p and -f it answers a set of everyday questions. Nothing is timed. With --attach it records what a
+        process that 'hybrimoe top' shows computes meanwhile, until Ctrl-C or N tokens: experts and weights, no scores.
         """
+        if attach:
+            finish(lambda: _attach(model, output, n_predict, force))
         texts = (prompt or [], file or [], prompts)
         load = (ctx_size, ubatch_size, threads, n_gpu_layers)
         finish(
             lambda: _record(
-                model, output, texts, n_predict, load, (temp, seed), conversation, (scores, lookahead), force
+                model,
+                output,
+                texts,
+                64 if n_predict is None else n_predict,
+                load,
+                (temp, seed),
+                conversation,
+                (scores, lookahead),
+                force,
             )
         )
 
@@ -200,6 +227,30 @@ def _record(
         f"hybrimoe simulate {output} --html {output.stem}.html",
     )
     return EXIT_INTERRUPTED if recording.interrupted else EXIT_OK
+
+
+def _attach(target: str | None, output: Path | None, n_tokens: int | None, force: bool) -> int:
+    from hybrimoe.cli.top import choose_process
+    from hybrimoe.trace.attach import attach
+
+    if target is not None and not target.isdecimal():
+        raise UsageError(f"--attach takes the number of a process, not '{target}'", "hybrimoe top --list")
+    process = choose_process(target)
+    output = output or Path(f"{process.pid}.trace")
+    check_output(output, force)
+    n_wanted = None if n_tokens is None or n_tokens < 0 else n_tokens
+    with progress(f"recording process {process.pid}" + ("" if n_wanted else " (Ctrl-C ends)")) as update:
+        recorded = attach(process.path, output, n_wanted, lambda n: update(min(1.0, n / n_wanted) if n_wanted else 0.0))
+    for text in recorded.notes:
+        warn(text)
+    if recorded.recorder.n_tokens == 0:
+        note("nothing was computed meanwhile: there is no trace")
+        return EXIT_OK
+    note(
+        f"wrote {output}: {recorded.recorder.n_tokens} tokens, {recorded.recorder.n_bytes / 1e6:.1f} MB",
+        f"hybrimoe trace info {output} --metrics",
+    )
+    return EXIT_OK
 
 
 def _info(path: Path, as_json: bool, with_metrics: bool, prompts: int | None, model: str | None) -> None:

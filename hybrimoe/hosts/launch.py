@@ -94,7 +94,7 @@ def _plugin_settings(host: Host, models: Models, options: EngineOptions) -> dict
     model = shared[0] if len(shared) == 1 else None
     settings = experts.settings(model, min(options.n_batch, options.n_ubatch), None)
     # What only programs need that are not ours. Nobody else speaks for the plug-in there.
-    settings["log_to_stderr"] = True
+    settings |= {"log_to_stderr": True, "observe": True}
     return settings | _users_settings(host.environment)
 
 

@@ -1,138 +1,51 @@
-"""Snapshots over a unix socket: a chat offers them to `hybrimoe top` of the same user, and nobody else.
-
-The socket is PID.sock, of mode 0600, in a folder of mode 0700. Whoever connects gets one snapshot a period as a line of
-JSON, the first one at once.
-"""
+"""The observers of this user's processes: which there are, and what they answer (docs/observability.md)."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import re
 import socket
-import stat
-import tempfile
-import threading
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hybrimoe.errors import HybrimoeError, from_os_error
-from hybrimoe.private_files import make_private_folder
 
-__all__ = ["LiveProcess", "LiveSocket", "processes", "read_snapshots", "runtime_dir"]
+__all__ = ["Observer", "ObserverGoneError", "TraceStream", "WatchedProcess", "processes", "runtime_dir"]
 
-_PERIOD_S = 1.0
-_MAX_CLIENTS = 8
-_MAX_LINE_BYTES = 16 << 20
-# sizeof(sockaddr_un.sun_path) is 108 on Linux, with the final zero.
-_MAX_PATH_BYTES = 107
+_MAX_LINE_BYTES = 64 << 20
+_PIECE_BYTES = 1 << 18
+_MAX_PASS_BYTES = 1 << 30
+_NAME = re.compile(r"(\d+)(-\d)?\.sock")
+
+
+class ObserverGoneError(HybrimoeError):
+    """The process that was watched has ended, or does not serve any more."""
 
 
 def runtime_dir() -> Path:
-    """The folder of this user's sockets: in XDG_RUNTIME_DIR, or else in the user's state folder. It need not exist."""
-    given = os.environ.get("XDG_RUNTIME_DIR")
-    if given:
-        folder = Path(given) / "hybrimoe"
-    else:
-        import platformdirs
+    """The folder of this user's sockets, which need not exist. Raises PluginError when the plug-in is missing."""
+    from hybrimoe.native.plugin import plugin_library
 
-        folder = Path(platformdirs.user_state_dir("hybrimoe", appauthor=False)) / "live"
-    if len(os.fsencode(folder / "4194304.sock")) > _MAX_PATH_BYTES:
-        folder = Path(tempfile.gettempdir()) / f"hybrimoe-{os.getuid()}"
-    return folder
-
-
-def _private_folder() -> Path:
-    """The folder, made where it is missing. Raises HybrimoeError when others could get at it."""
-    folder = runtime_dir()
-    try:
-        make_private_folder(folder)
-        status = folder.lstat()
-        if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and status.st_mode & 0o077:
-            folder.chmod(0o700)
-            status = folder.lstat()
-    except OSError as error:
-        raise from_os_error(error, f"make '{folder}'") from error
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
-        raise HybrimoeError(f"'{folder}' is not a private folder of yours", "remove it")
-    return folder
-
-
-class LiveSocket:
-    """Offers `snapshot` until `close`. Threads of its own answer; raises HybrimoeError when there can be no socket."""
-
-    def __init__(self, snapshot: Callable[[], dict[str, Any]], *, period_s: float = _PERIOD_S) -> None:
-        self._snapshot = snapshot
-        self._period_s = period_s
-        self._closed = threading.Event()
-        self._slots = threading.BoundedSemaphore(_MAX_CLIENTS)
-        self.path = _private_folder() / f"{os.getpid()}.sock"
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            self.path.unlink(missing_ok=True)  # of a process that had our number and was killed
-            self._socket.bind(str(self.path))
-            self.path.chmod(0o600)
-            self._socket.listen(_MAX_CLIENTS)
-        except OSError as error:
-            self._socket.close()
-            raise from_os_error(error, f"make the socket '{self.path}'") from error
-        threading.Thread(target=self._accept, name="hybrimoe-live", daemon=True).start()
-
-    def close(self) -> None:
-        """Ends all connections and removes the socket. Further calls do nothing."""
-        if self._closed.is_set():
-            return
-        self._closed.set()
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
-        self.path.unlink(missing_ok=True)
-
-    def __enter__(self) -> LiveSocket:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _accept(self) -> None:
-        while not self._closed.is_set():
-            try:
-                client, _ = self._socket.accept()
-            except OSError:
-                return
-            if not self._slots.acquire(blocking=False):
-                client.close()
-                continue
-            threading.Thread(target=self._serve, args=(client,), name="hybrimoe-live-client", daemon=True).start()
-
-    def _serve(self, client: socket.socket) -> None:
-        try:
-            with client:
-                client.settimeout(10 * self._period_s)
-                while not self._closed.is_set():
-                    client.sendall(json.dumps(self._snapshot()).encode() + b"\n")
-                    self._closed.wait(self._period_s)
-        except OSError:
-            pass  # they have left
-        finally:
-            self._slots.release()
+    return plugin_library().runtime_folder()
 
 
 @dataclass(frozen=True)
-class LiveProcess:
+class WatchedProcess:
     """A process that can be watched."""
 
     pid: int
     path: Path
 
 
-def processes() -> list[LiveProcess]:
-    """This user's processes that offer snapshots, oldest first. Sockets that dead ones left behind are removed."""
-    found: list[tuple[float, LiveProcess]] = []
+def processes() -> list[WatchedProcess]:
+    """This user's processes with an observer, oldest first. Sockets that dead ones left behind are removed."""
+    found: list[tuple[float, WatchedProcess]] = []
     for path in runtime_dir().glob("*.sock"):
-        if not path.stem.isdigit():
+        name = _NAME.fullmatch(path.name)
+        if name is None:
             continue
         with contextlib.suppress(OSError):
             status = path.stat()
@@ -145,24 +58,112 @@ def processes() -> list[LiveProcess]:
                 except ConnectionRefusedError:
                     path.unlink(missing_ok=True)
                     continue
-            found.append((status.st_mtime, LiveProcess(int(path.stem), path)))
+            found.append((status.st_mtime, WatchedProcess(int(name[1]), path)))
     return [process for _, process in sorted(found, key=lambda pair: pair[0])]
 
 
-def read_snapshots(path: Path, timeout_s: float = 30.0) -> Iterator[dict[str, Any]]:
-    """Snapshots of the process behind a socket, until it ends. Raises HybrimoeError when it cannot be reached."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        connection.settimeout(timeout_s)
+class Observer:
+    """A connection to the observer behind a socket. One thread at a time.
+
+    Raises HybrimoeError when it cannot be reached; requests raise ObserverGoneError when the process has ended.
+    """
+
+    def __init__(self, path: Path, timeout_s: float = 30.0) -> None:
+        self.path = path
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.settimeout(timeout_s)
         try:
-            connection.connect(str(path))
+            self._socket.connect(str(path))
         except OSError as error:
-            raise from_os_error(error, f"reach '{path}'", "hybrimoe top") from error
-        with connection.makefile("rb") as lines:
-            while True:
-                try:
-                    line = lines.readline(_MAX_LINE_BYTES)
-                except OSError as error:
-                    raise from_os_error(error, f"read from '{path}'") from error
-                if not line.endswith(b"\n"):
-                    return
-                yield json.loads(line)
+            self._socket.close()
+            raise from_os_error(error, f"reach '{path}'", "hybrimoe top --list") from error
+        self._received = bytearray()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def __enter__(self) -> Observer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def ask(self, request: str) -> dict[str, Any]:
+        """The answer to one line. Raises HybrimoeError for one that the observer does not know."""
+        try:
+            self._socket.sendall(request.encode() + b"\n")
+            line = self._line()
+        except TimeoutError:
+            raise HybrimoeError(f"'{self.path}' does not answer", "hybrimoe top --list") from None
+        except OSError:
+            line = b""
+        if not line:
+            raise ObserverGoneError("the process has ended", "hybrimoe top --list")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise HybrimoeError(f"'{self.path}' refuses: {answer['error']}", "is it another version's?")
+        return dict(answer)
+
+    def read(self, after: int = 0) -> dict[str, Any]:
+        """A raw snapshot with the events after a number."""
+        return self.ask(f"snapshot after={after}")
+
+    def stream(self) -> TraceStream:
+        """The passes that the process computes from now on. Nothing else can be asked then."""
+        return TraceStream(self.ask("trace"), self._socket, self._received)
+
+    def _line(self) -> bytes:
+        """The next line without its end; empty when there is none. Raises OSError."""
+        begin = 0
+        while (end := self._received.find(b"\n", begin)) < 0:
+            begin = len(self._received)
+            piece = self._socket.recv(_PIECE_BYTES)
+            if not piece or begin > _MAX_LINE_BYTES:
+                return b""
+            self._received += piece
+        line = bytes(self._received[:end])
+        del self._received[: end + 1]
+        return line
+
+
+@dataclass
+class TraceStream:
+    """Recorded passes as they come.
+
+    Attributes:
+        head: the snapshot of the instance that records, with its state and trace.
+        has_ended: the process has, or its instance; what came before may still be read.
+    """
+
+    head: dict[str, Any]
+    connection: socket.socket
+    received: bytearray
+    has_ended: bool = False
+
+    @property
+    def instance(self) -> dict[str, Any]:
+        return dict(self.head["instances"][0])
+
+    def read(self) -> bytes:
+        """All whole passes (hybrimoe_trace_pass and its arrays) that have come since the last call. Does not wait."""
+        while not self.has_ended:
+            try:
+                piece = self.connection.recv(_PIECE_BYTES, socket.MSG_DONTWAIT)
+            except (BlockingIOError, TimeoutError):
+                break
+            except OSError:
+                piece = b""
+            self.has_ended = not piece
+            self.received += piece
+        end = 0
+        while len(self.received) - end >= 8:
+            n_bytes = int.from_bytes(self.received[end : end + 8], "little")
+            if not 8 <= n_bytes <= _MAX_PASS_BYTES:
+                self.has_ended = True
+                break
+            if end + n_bytes > len(self.received):
+                break
+            end += n_bytes
+        whole = bytes(self.received[:end])
+        del self.received[:end]
+        return whole

@@ -60,14 +60,14 @@ def _head(snapshot: dict[str, Any], width: int) -> list[Text]:
     title.append(more, "dim")
     lines = [title]
     shape = ""
-    if "n_experts" in model:
+    if model.get("n_experts"):
         shape = f"  {model['n_moe_layers']} MoE layers x {model['n_experts']} experts, top-{model['top_k']}"
     lines.append(_text((model.get("name", ""), "bold"), shape))
     return lines
 
 
 def _speeds(snapshot: dict[str, Any], width: int) -> list[Text]:
-    rates, totals, context = snapshot["rates"] or {}, snapshot["totals"], snapshot["context"]
+    rates, totals, context = snapshot["rates"] or {}, snapshot["totals"], snapshot.get("context")
     generation, prompt = rates.get("generation_per_s"), rates.get("prompt_per_s")
     now = _text(
         ("generation ", "dim"),
@@ -76,13 +76,10 @@ def _speeds(snapshot: dict[str, Any], width: int) -> list[Text]:
         (_rate(prompt), "bold"),
     )
     now.append(f"  on average {_rate(totals['generation_per_s'])}, {_rate(totals['prompt_per_s'])}", "dim")
-    used = context["n_tokens"] / max(1, context["n_ctx"])
-    tokens = _text(
-        ("tokens ", "dim"),
-        f"{totals['prompt_tokens']} read, {totals['generated_tokens']} written",
-        ("  context ", "dim"),
-        f"{context['n_tokens']} of {context['n_ctx']} ({used:.0%})",
-    )
+    tokens = _text(("tokens ", "dim"), f"{totals['prompt_tokens']} read, {totals['generated_tokens']} written")
+    if context is not None:  # known of hosts that say so
+        used = context["n_tokens"] / max(1, context["n_ctx"])
+        tokens.append("  context ", "dim").append(f"{context['n_tokens']} of {context['n_ctx']} ({used:.0%})")
     return [now, tokens]
 
 

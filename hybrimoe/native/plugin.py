@@ -6,6 +6,7 @@ import ctypes
 import functools
 import json
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -16,7 +17,7 @@ from hybrimoe.native.locate import installed_library
 from hybrimoe.native.trace_ring import TraceRing
 
 LIBRARY_NAME = "libggml-hybrimoe.so"
-ABI_VERSION = 5
+ABI_VERSION = 6
 REINSTALL_HINT = "reinstall the package for this llama-cpp-python: pip install --force-reinstall --no-deps hybrimoe"
 
 
@@ -27,37 +28,9 @@ class Ending(IntEnum):
     ILLEGAL_INSTRUCTION = 1
 
 
-class _LayerCounters(ctypes.Structure):
-    """struct hybrimoe_layer_counters"""
-
-    _fields_ = (
-        ("n_steps", ctypes.c_uint64),
-        ("n_tokens", ctypes.c_uint64),
-        ("n_blocks", ctypes.c_uint64),
-        ("n_blocks_delegated", ctypes.c_uint64),
-        ("n_experts_cpu", ctypes.c_uint64),
-        ("n_experts_gpu", ctypes.c_uint64),
-        ("router_us", ctypes.c_double),
-        ("experts_us", ctypes.c_double),
-        ("merge_us", ctypes.c_double),
-        ("plan_us", ctypes.c_double),
-        ("wait_us", ctypes.c_double),
-        ("n_hits", ctypes.c_uint64),
-        ("n_misses", ctypes.c_uint64),
-        ("n_late", ctypes.c_uint64),
-        ("n_evictions", ctypes.c_uint64),
-        ("n_copies", ctypes.c_uint64),
-        ("n_prefetched", ctypes.c_uint64),
-        ("h2d_bytes", ctypes.c_uint64),
-        ("n_decode", ctypes.c_uint64),
-        ("decode_us", ctypes.c_double),
-        ("predicted_us", ctypes.c_double),
-    )
-
-
 @dataclass(frozen=True)
 class LayerCounters:
-    """What the plug-in did for one layer since its counters were last reset (struct hybrimoe_layer_counters).
+    """What the plug-in did for one layer since its counters were last reset (native/backend/counters.def).
 
     Hits, misses and late ones (misses whose copy was under way) are counted where an accelerator takes part; `plan_us`
     is planning and launching, `wait_us` waiting for accelerators once the CPU's share was done. Of blocks of a single
@@ -88,13 +61,12 @@ class LayerCounters:
     predicted_us: float = 0.0
 
 
-class Plugin:
-    """The loaded plug-in, made by `load_plugin()`. One per process: ggml keeps backends until the process ends."""
+class Library:
+    """The plug-in's library, whether or not a ggml has loaded it: what it knows of this process, and its observer."""
 
-    def __init__(self, path: Path, library: ctypes.CDLL, buffer_type: int) -> None:
-        self.path = path
+    def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
-        self.buffer_type = buffer_type
+        self._baselines: dict[int, dict[str, Any]] = {}
 
     @property
     def version(self) -> str:
@@ -114,59 +86,102 @@ class Plugin:
         if self._library.hybrimoe_configure(json.dumps(settings).encode(), error, len(error)) != 0:
             raise PluginError(f"the plug-in refused its settings: {_text(error.value)}", "hybrimoe doctor")
 
+    def snapshot(self, request: str = "") -> dict[str, Any]:
+        """What the observer's socket serves (docs/observability.md), of this process. Thread-safe."""
+
+        def write(out: Any, size: int) -> int:
+            return int(self._library.hybrimoe_snapshot(request.encode(), out, size))
+
+        return dict(json.loads(_whole_text(write)))
+
+    def set_host_facts(self, facts: Mapping[str, Any]) -> None:
+        """What snapshots hold as `host`. Starts the observer where it is configured. Raises PluginError."""
+        error = ctypes.create_string_buffer(256)
+        if self._library.hybrimoe_set_host_facts(json.dumps(facts).encode(), error, len(error)) != 0:
+            raise PluginError(f"the plug-in refused facts of its host: {_text(error.value)}", "hybrimoe doctor")
+
+    def runtime_folder(self) -> Path:
+        """Where this user's observer sockets are; it need not exist."""
+        return Path(os.fsdecode(_whole_text(self._library.hybrimoe_runtime_folder)))
+
+
+class Plugin(Library):
+    """The loaded plug-in, made by `load_plugin()`. One per process: ggml keeps backends until the process ends."""
+
+    def __init__(self, path: Path, library: ctypes.CDLL, buffer_type: int) -> None:
+        super().__init__(library)
+        self.path = path
+        self.buffer_type = buffer_type
+
     def last_instance(self) -> int:
         """The id of the backend instance made last by this thread, that is, by its newest llama_context; 0 if none."""
         return int(self._library.hybrimoe_last_instance())
 
+    def instance(self, instance: int, *parts: str) -> dict[str, Any]:
+        """Parts of a snapshot of one instance; empty for one that is gone."""
+        found = self.snapshot(" ".join((f"instance={instance}", *parts)))["instances"]
+        return dict(found[0]) if found else {}
+
     def counters(self, instance: int) -> list[LayerCounters]:
-        """Counters of every layer that has run on `instance`, in layer order; layers without experts are left out."""
+        """Counters since they were reset of every layer that has run since, in layer order."""
+        now = _rows(self.instance(instance, "counters"))
+        before = _rows(self._baselines.get(instance, {}))
         layers = []
-        raw = _LayerCounters()
-        for layer in range(self._library.hybrimoe_n_layers(instance)):
-            if self._library.hybrimoe_get_layer_counters(instance, layer, ctypes.byref(raw)) == 0 and raw.n_steps:
-                values = {name: getattr(raw, name) for name, _ in _LayerCounters._fields_}
-                layers.append(LayerCounters(layer=layer, **values))
+        for layer, values in now.items():
+            first = before.get(layer, {})
+            since = LayerCounters(layer=layer, **{name: value - first.get(name, 0) for name, value in values.items()})
+            if since.n_steps:
+                layers.append(since)
         return layers
 
     def n_nodes_delegated(self, instance: int) -> int:
         """Graph nodes of `instance` that ggml's CPU backend computed outside any MoE block."""
-        return int(self._library.hybrimoe_n_nodes_delegated(instance))
+        before = self._baselines.get(instance, {}).get("n_nodes_delegated", 0)
+        return int(self.instance(instance, "counters").get("n_nodes_delegated", before) - before)
+
+    def reset_counters(self, instance: int) -> None:
+        """`counters` and `n_nodes_delegated` begin anew. What others read goes on growing."""
+        self._baselines[instance] = self.instance(instance, "counters")
 
     def state(self, instance: int) -> dict[str, Any]:
         """Devices, slots, costs, statistics and guard of `instance`; empty for one that is gone."""
-        length = self._library.hybrimoe_describe_state(instance, None, 0)
-        while length >= 0:
-            buffer = ctypes.create_string_buffer(length + 1)
-            now = self._library.hybrimoe_describe_state(instance, buffer, len(buffer))
-            if now <= length:
-                return dict(json.loads(buffer.value)) if now >= 0 else {}
-            length = now
-        return {}
+        return dict(self.instance(instance, "state").get("state", {}))
 
-    def residency(self, instance: int, layer: int) -> list[int]:
-        """Per expert of `layer` (llama.cpp's index) the accelerator that holds it, -1 for none; empty if unknown."""
-        n = self._library.hybrimoe_residency(instance, layer, None, 0)
-        if n <= 0:
-            return []
-        devices = (ctypes.c_int32 * n)()
-        self._library.hybrimoe_residency(instance, layer, devices, n)
-        return list(devices)
+    def residency(self, instance: int) -> dict[int, list[int]]:
+        """Per layer (llama.cpp's index) and expert the accelerator that holds it, -1 for none; empty where unknown."""
+        found = self.instance(instance, "state", "residency")
+        layers = found.get("state", {}).get("layers", [])
+        return {layer["layer"]: on for layer, on in zip(layers, found.get("residency", []), strict=False)}
 
     def events(self, instance: int, after: int = 0) -> list[tuple[int, str]]:
         """What the dispatch logged after line number `after`: (number, line) in order."""
-        lines: list[tuple[int, str]] = []
-        buffer = ctypes.create_string_buffer(1024)
-        while number := self._library.hybrimoe_next_event(instance, after, buffer, len(buffer)):
-            lines.append((number, buffer.value.decode(errors="replace")))
-            after = number
-        return lines
+        return [(n, line) for n, line in self.instance(instance, "events", f"after={after}").get("events", [])]
 
     def trace_ring(self, instance: int) -> TraceRing:
         """The recording of `instance`, which must have been made with the setting `trace`."""
-        return TraceRing(self._library, instance)
+        return TraceRing(self._library, instance, lambda: dict(self.instance(instance, "state", "trace")))
 
-    def reset_counters(self, instance: int) -> None:
-        self._library.hybrimoe_reset_counters(instance)
+
+def _rows(instance: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """Per layer, its counters by name, from the columns of a snapshot."""
+    columns = dict(instance.get("counters", {}))
+    layers = columns.pop("layer", [])
+    for shape in ("n_experts", "top_k"):
+        columns.pop(shape, None)
+    return {layer: {name: column[i] for name, column in columns.items()} for i, layer in enumerate(layers)}
+
+
+def _whole_text(write: Callable[[Any, int], int]) -> bytes:
+    """What `write` gives, however long it has become since it was asked how long it is."""
+    size = 1 << 16
+    while True:
+        buffer = ctypes.create_string_buffer(size)
+        length = write(buffer, size)
+        if length < 0:
+            raise MemoryError
+        if length < size:
+            return buffer.value
+        size = length + 4096
 
 
 def library_path() -> Path:
@@ -191,6 +206,12 @@ def _open_library() -> ctypes.CDLL:
     if abi != ABI_VERSION:
         raise PluginError(f"the plug-in has ABI {abi}, this package needs {ABI_VERSION}", REINSTALL_HINT)
     return library
+
+
+@functools.cache
+def plugin_library() -> Library:
+    """The plug-in's library without ggml and llama.cpp. Raises PluginError when it is missing or damaged."""
+    return Library(_open_library())
 
 
 @functools.cache
@@ -273,35 +294,18 @@ def _declare(library: ctypes.CDLL) -> None:
     # uint64_t hybrimoe_last_instance(void)
     library.hybrimoe_last_instance.argtypes = []
     library.hybrimoe_last_instance.restype = ctypes.c_uint64
-    # int32_t hybrimoe_n_layers(uint64_t instance)
-    library.hybrimoe_n_layers.argtypes = [ctypes.c_uint64]
-    library.hybrimoe_n_layers.restype = ctypes.c_int32
-    # int hybrimoe_get_layer_counters(uint64_t instance, int32_t layer, struct hybrimoe_layer_counters * out)
-    library.hybrimoe_get_layer_counters.argtypes = [ctypes.c_uint64, ctypes.c_int32, ctypes.POINTER(_LayerCounters)]
-    library.hybrimoe_get_layer_counters.restype = ctypes.c_int
-    # uint64_t hybrimoe_n_nodes_delegated(uint64_t instance)
-    library.hybrimoe_n_nodes_delegated.argtypes = [ctypes.c_uint64]
-    library.hybrimoe_n_nodes_delegated.restype = ctypes.c_uint64
-    # int64_t hybrimoe_describe_state(uint64_t instance, char * out, size_t size)
-    library.hybrimoe_describe_state.argtypes = [ctypes.c_uint64, ctypes.c_char_p, ctypes.c_size_t]
-    library.hybrimoe_describe_state.restype = ctypes.c_int64
-    # int32_t hybrimoe_residency(uint64_t instance, int32_t layer, int32_t * device, int32_t capacity)
-    library.hybrimoe_residency.argtypes = [
-        ctypes.c_uint64,
-        ctypes.c_int32,
-        ctypes.POINTER(ctypes.c_int32),
-        ctypes.c_int32,
-    ]
-    library.hybrimoe_residency.restype = ctypes.c_int32
-    # uint64_t hybrimoe_next_event(uint64_t instance, uint64_t after, char * line, size_t size)
-    library.hybrimoe_next_event.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_char_p, ctypes.c_size_t]
-    library.hybrimoe_next_event.restype = ctypes.c_uint64
+    # int64_t hybrimoe_snapshot(const char * request, char * out, size_t size)
+    library.hybrimoe_snapshot.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t]
+    library.hybrimoe_snapshot.restype = ctypes.c_int64
+    # int hybrimoe_set_host_facts(const char * json, char * error, size_t error_size)
+    library.hybrimoe_set_host_facts.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t]
+    library.hybrimoe_set_host_facts.restype = ctypes.c_int
+    # int64_t hybrimoe_runtime_folder(char * out, size_t size)
+    library.hybrimoe_runtime_folder.argtypes = [ctypes.c_char_p, ctypes.c_size_t]
+    library.hybrimoe_runtime_folder.restype = ctypes.c_int64
     # int hybrimoe_set_last_words(int ending, const char * text, int exit_code)
     library.hybrimoe_set_last_words.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int]
     library.hybrimoe_set_last_words.restype = ctypes.c_int
-    # int hybrimoe_reset_counters(uint64_t instance)
-    library.hybrimoe_reset_counters.argtypes = [ctypes.c_uint64]
-    library.hybrimoe_reset_counters.restype = ctypes.c_int
 
 
 def _text(value: bytes | None) -> str:

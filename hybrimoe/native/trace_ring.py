@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["Pass", "TraceRing"]
+__all__ = ["Pass", "TraceRing", "split_passes"]
 
 # struct hybrimoe_trace_event; the columns of hybrimoe.trace.events have the same names.
 _EVENT = [
@@ -40,20 +40,21 @@ class Pass:
 
 
 class TraceRing:
-    """The reading end of one instance's recording. For one thread at a time."""
+    """The reading end of one instance's recording. For one thread at a time.
 
-    def __init__(self, library: ctypes.CDLL, instance: int) -> None:
+    `describe` gives the instance's snapshot with its state and trace.
+    """
+
+    def __init__(self, library: ctypes.CDLL, instance: int, describe: Callable[[], dict[str, Any]]) -> None:
         # int64_t hybrimoe_read_trace(uint64_t instance, void * out, int64_t size)
         library.hybrimoe_read_trace.argtypes = [ctypes.c_uint64, ctypes.c_void_p, ctypes.c_int64]
         library.hybrimoe_read_trace.restype = ctypes.c_int64
         # int hybrimoe_stop_trace(uint64_t instance)
         library.hybrimoe_stop_trace.argtypes = [ctypes.c_uint64]
         library.hybrimoe_stop_trace.restype = ctypes.c_int
-        # int64_t hybrimoe_describe_trace(uint64_t instance, char * out, size_t size)
-        library.hybrimoe_describe_trace.argtypes = [ctypes.c_uint64, ctypes.c_char_p, ctypes.c_size_t]
-        library.hybrimoe_describe_trace.restype = ctypes.c_int64
         self._library = library
         self._instance = instance
+        self._describe = describe
         self._buffer = ctypes.create_string_buffer(_FIRST_BYTES)
 
     def read(self) -> list[Pass]:
@@ -66,24 +67,19 @@ class TraceRing:
                 continue
             if n <= 0:
                 return passes
-            passes += _split(self._buffer.raw[:n])
+            passes += split_passes(self._buffer.raw[:n])
 
     def stop(self) -> None:
         """Nothing is recorded from now on; what was recorded may still be read."""
         self._library.hybrimoe_stop_trace(self._instance)
 
     def describe(self) -> dict[str, Any]:
-        """See `hybrimoe_describe_trace`; empty for an instance that is gone."""
-        size = 1 << 16
-        while True:
-            buffer = ctypes.create_string_buffer(size)
-            n = self._library.hybrimoe_describe_trace(self._instance, buffer, size)
-            if n < size:
-                return dict(json.loads(buffer.value)) if n >= 0 else {}
-            size = n + 1
+        """What belongs to the recording (docs/observability.md, `trace`); empty for an instance that is gone."""
+        return dict(self._describe().get("trace", {}))
 
 
-def _split(data: bytes) -> list[Pass]:
+def split_passes(data: bytes) -> list[Pass]:
+    """Whole passes, one behind the other."""
     import numpy as np
 
     passes, at = [], 0

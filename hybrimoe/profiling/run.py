@@ -166,7 +166,8 @@ def _sample(engine: Engine, token: int, facts: Facts) -> None:
     plugin = engine.plugin
     if plugin is None:
         return
-    where = [plugin.residency(engine.plugin_instance, layer) for layer in engine.info.moe_layer_indices]
+    on = plugin.residency(engine.plugin_instance)
+    where = [on.get(layer, []) for layer in engine.info.moe_layer_indices]
     if any(device >= 0 for layer in where for device in layer):
         facts.residency.append((token, where))
 

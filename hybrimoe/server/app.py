@@ -33,7 +33,7 @@ from hybrimoe.server.worker import Job, Worker
 if TYPE_CHECKING:
     from hybrimoe.live.snapshot import LiveSampler
 
-__all__ = ["Service", "make_app"]
+__all__ = ["Service", "add_errors", "add_live", "add_page", "make_app"]
 
 _PING_S = 10.0
 _PING = b": waiting\n\n"
@@ -55,7 +55,7 @@ class Service:
     worker: Worker
     sampler: LiveSampler
     defaults: Defaults
-    with_metrics: bool = True
+    metrics: Metrics | None = None
     on_failure: Callable[[BaseException], None] = lambda error: None
     on_answer: Callable[[Job, str, float], None] = lambda job, end, seconds: None
     created: int = field(default_factory=lambda: int(time.time()))
@@ -69,15 +69,18 @@ class Service:
 def make_app(service: Service) -> FastAPI:
     """The application, without what `Gate` checks before it."""
     app = FastAPI(title="hybrimoe", docs_url=None, redoc_url=None, openapi_url=None)
-    _add_errors(app, service)
+    add_errors(app, service.on_failure)
     _add_answers(app, service)
     _add_tokens(app, service)
     _add_state(app, service)
-    _add_page(app)
+    add_live(app, service.sampler, service.metrics, lambda: service.worker.is_stopping)
+    add_page(app)
     return app
 
 
-def _add_errors(app: FastAPI, service: Service) -> None:
+def add_errors(app: FastAPI, on_failure: Callable[[BaseException], None]) -> None:
+    """Errors in OpenAI's form."""
+
     @app.exception_handler(ApiError)
     async def api_error(_request: Request, error: ApiError) -> Response:
         return error_response(error)
@@ -88,7 +91,7 @@ def _add_errors(app: FastAPI, service: Service) -> None:
 
     @app.exception_handler(Exception)
     async def any_error(_request: Request, error: Exception) -> Response:
-        service.on_failure(error)
+        on_failure(error)
         return error_response(ApiError(500, "the server failed; its log says more"))
 
 
@@ -282,26 +285,6 @@ def _add_state(app: FastAPI, service: Service) -> None:
         service.check_model(name)
         return _model(service)
 
-    @app.get("/live")
-    async def live() -> Any:
-        return JSONResponse(await run_in_threadpool(service.sampler.snapshot), headers={"Cache-Control": "no-store"})
-
-    @app.get("/live/stream")
-    async def live_stream() -> Response:
-        async def events() -> AsyncIterator[bytes]:
-            while not service.worker.is_stopping:
-                yield _event(await run_in_threadpool(service.sampler.snapshot))
-                await asyncio.sleep(_LIVE_PERIOD_S)
-
-        return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-
-    if service.with_metrics:
-        collected = Metrics(service.worker)
-
-        @app.get("/metrics")
-        async def metrics() -> Response:
-            return Response(await run_in_threadpool(collected.text), media_type=CONTENT_TYPE)
-
 
 def _model(service: Service) -> dict[str, Any]:
     entry: dict[str, Any] = {
@@ -325,7 +308,33 @@ def _model(service: Service) -> dict[str, Any]:
     return entry
 
 
-def _add_page(app: FastAPI) -> None:
+def add_live(
+    app: FastAPI, sampler: LiveSampler, metrics: Metrics | None, is_stopping: Callable[[], bool] = lambda: False
+) -> None:
+    """Snapshots at /live, one a second at /live/stream, figures for Prometheus at /metrics."""
+
+    @app.get("/live")
+    async def live() -> Any:
+        return JSONResponse(await run_in_threadpool(sampler.snapshot), headers={"Cache-Control": "no-store"})
+
+    @app.get("/live/stream")
+    async def live_stream() -> Response:
+        async def events() -> AsyncIterator[bytes]:
+            while not is_stopping():
+                yield _event(await run_in_threadpool(sampler.snapshot))
+                await asyncio.sleep(_LIVE_PERIOD_S)
+
+        return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+    if metrics is not None:
+
+        @app.get("/metrics")
+        async def figures() -> Response:
+            return Response(await run_in_threadpool(metrics.text), media_type=CONTENT_TYPE)
+
+
+def add_page(app: FastAPI) -> None:
+    """The page for people and its files."""
     folder = resources.files("hybrimoe.server") / "static"
     page = (folder / "index.html").read_bytes()
     # Names from requests are only looked up here: they never reach the file system.

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from hybrimoe.errors import UsageError, from_os_error
 from hybrimoe.trace.events import COLUMNS, EventType, Note, StepKind, new_events
@@ -22,10 +22,10 @@ from hybrimoe.trace.writer import TraceWriter
 
 if TYPE_CHECKING:
     from hybrimoe.gguf_model import GgufModel
-    from hybrimoe.native.trace_ring import Pass, TraceRing
+    from hybrimoe.native.trace_ring import Pass
     from hybrimoe.trace.format import ModelIdentity
 
-__all__ = ["LiveRecorder", "check_target", "ring_bytes"]
+__all__ = ["LiveRecorder", "PassSource", "check_target", "ring_bytes"]
 
 _PERIOD_S = 0.1
 # Gathered into one block: enough to pack well, little enough to lose when the process dies.
@@ -59,39 +59,48 @@ def ring_bytes(model: GgufModel, n_ubatch: int) -> int:
     return max(_MIN_RING_BYTES, min(4 * n_ubatch * row_bytes, _MAX_RING_BYTES))
 
 
+class PassSource(Protocol):
+    """What a recorder reads: see `hybrimoe.native.trace_ring.TraceRing`."""
+
+    def read(self) -> list[Pass]: ...
+
+    def stop(self) -> None: ...
+
+    def describe(self) -> dict[str, Any]: ...
+
+
 class LiveRecorder:
     """Writes what one backend instance records, until `close`. Everything but the thread's loop is for the engine.
 
     Args:
-        ring: the instance's recording.
+        ring: the instance's recording, of this process or another one.
         on_failure: called once, from the recorder's thread, when the file cannot be written any more.
         source: for people: tool, command, options.
-        on_read: is given everything that was read: the ring has one reader.
+        warms_up: what runs before `end_warm_up` is no answer.
     """
 
     def __init__(
         self,
-        ring: TraceRing,
+        ring: PassSource,
         path: Path,
-        model: GgufModel,
+        model: ModelIdentity,
         *,
         on_failure: Callable[[str], None] = lambda text: None,
         source: Mapping[str, Any] | None = None,
-        on_read: Callable[[list[Pass]], None] | None = None,
+        warms_up: bool = True,
     ) -> None:
         self.path = path
         self.failure = ""
         self.n_tokens = self.n_dropped = self.n_bytes = 0
         self.us_per_decode_pass = 0.0
         self._ring = ring
-        self._model = identity_of(model)
+        self._model = model
         self._source = dict(source or {})
         self._on_failure = on_failure
-        self._on_read = on_read
         self._writer: TraceWriter | None = None
         self._pending: list[Pass] = []
         self._n_values = self._n_periods = self._n_costs = 0
-        self._is_warm_up, self._is_new_prompt, self._was_decode = True, True, True
+        self._is_warm_up, self._is_new_prompt, self._was_decode = warms_up, True, True
         self._process = os.getpid()
         self._lock = threading.Lock()  # one reader at a time: the thread, or the engine between two steps
         self._ended = threading.Event()
@@ -144,10 +153,7 @@ class LiveRecorder:
 
     def _take(self) -> None:
         """Reads the ring; marks warm-up steps and the first steps of prompts."""
-        passes = self._ring.read()
-        if self._on_read is not None and passes:
-            self._on_read(passes)
-        for one in passes:
+        for one in self._ring.read():
             for i in (one.events["type"] == Note.STEP).nonzero()[0]:
                 step = one.events[i]
                 is_decode = step["a"] == StepKind.DECODE

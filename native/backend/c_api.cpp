@@ -2,6 +2,11 @@
 #include "ggml-release.h"
 #include "hybrimoe.h"
 #include "last_words.h"
+#include "observer/host.h"
+#include "observer/observer.h"
+#include "observer/snapshot.h"
+#include "observer/socket_folder.h"
+#include "observer/trace_feed.h"
 #include "running_ggml/binding.h"
 #include "running_ggml/probe.h"
 #include "settings.h"
@@ -29,17 +34,12 @@ const std::string & mismatch_of(void * library) {
     return mismatch;
 }
 
-int64_t describe(uint64_t instance, std::string (hybrimoe::instance_view::*what)() const, char * out, size_t size) {
-    int64_t length = -1;
-    hybrimoe::ask_instance(instance, [&](const hybrimoe::instance_view & view) {
-        const std::string text = (view.*what)();
-        length                 = static_cast<int64_t>(text.size());
-        if (out != nullptr && size > 0) {
-            std::snprintf(out, size, "%s", text.c_str());
-        }
-        return true;
-    });
-    return length;
+// Writes at most `size` bytes with the terminating 0. Returns the length that the whole text has.
+int64_t give(const std::string & text, char * out, size_t size) {
+    if (out != nullptr && size > 0) {
+        std::snprintf(out, size, "%s", text.c_str());
+    }
+    return static_cast<int64_t>(text.size());
 }
 
 } // namespace
@@ -87,47 +87,37 @@ uint64_t hybrimoe_last_instance(void) {
     return hybrimoe::last_instance_of_thread();
 }
 
-int32_t hybrimoe_n_layers(uint64_t instance) {
-    const auto data = hybrimoe::find_instance(instance);
-    return data == nullptr ? 0 : data->n_layers();
-}
-
-int hybrimoe_get_layer_counters(uint64_t instance, int32_t layer, struct hybrimoe_layer_counters * out) {
-    const auto data = hybrimoe::find_instance(instance);
-    if (data == nullptr || out == nullptr || layer < 0 || layer >= data->n_layers()) {
+int64_t hybrimoe_snapshot(const char * request, char * out, size_t size) {
+    try {
+        return give(hybrimoe::make_snapshot(request == nullptr ? "" : request), out, size);
+    } catch (const std::exception &) { // no memory
         return -1;
     }
-    *out = data->read(layer);
-    return 0;
 }
 
-uint64_t hybrimoe_n_nodes_delegated(uint64_t instance) {
-    const auto data = hybrimoe::find_instance(instance);
-    return data == nullptr ? 0 : data->n_nodes_delegated.load(std::memory_order_relaxed);
-}
-
-int hybrimoe_reset_counters(uint64_t instance) {
-    const auto data = hybrimoe::find_instance(instance);
-    if (data == nullptr) {
+int hybrimoe_set_host_facts(const char * json, char * error, size_t error_size) {
+    try {
+        hybrimoe::set_host_facts(json == nullptr ? "{}" : json);
+        hybrimoe::start_observer();
+        return 0;
+    } catch (const std::exception & problem) {
+        give(problem.what(), error, error_size);
         return -1;
     }
-    data->reset();
-    return 0;
 }
 
-int64_t hybrimoe_describe_state(uint64_t instance, char * out, size_t size) {
-    return describe(instance, &hybrimoe::instance_view::describe_state, out, size);
-}
-
-int64_t hybrimoe_describe_trace(uint64_t instance, char * out, size_t size) {
-    return describe(instance, &hybrimoe::instance_view::describe_trace, out, size);
+int64_t hybrimoe_runtime_folder(char * out, size_t size) {
+    return give(hybrimoe::runtime_folder(), out, size);
 }
 
 int64_t hybrimoe_read_trace(uint64_t instance, void * out, int64_t size) {
     int64_t n_bytes = -1;
     if (out != nullptr && size >= 0) {
         hybrimoe::ask_instance(instance, [&](const hybrimoe::instance_view & view) {
-            n_bytes = view.read_trace(static_cast<uint8_t *>(out), static_cast<size_t>(size));
+            if (view.feed() != nullptr) {
+                n_bytes = view.feed()->read(hybrimoe::trace_feed::host, static_cast<uint8_t *>(out),
+                                            static_cast<size_t>(size));
+            }
             return true;
         });
     }
@@ -138,33 +128,6 @@ int hybrimoe_stop_trace(uint64_t instance) {
     const bool stopped =
         hybrimoe::ask_instance(instance, [](const hybrimoe::instance_view & view) { return view.stop_trace(); });
     return stopped ? 0 : -1;
-}
-
-int32_t hybrimoe_residency(uint64_t instance, int32_t layer, int32_t * device, int32_t capacity) {
-    int32_t n = -1;
-    hybrimoe::ask_instance(instance, [&](const hybrimoe::instance_view & view) {
-        std::vector<int32_t> where;
-        if (!view.residency(layer, where)) {
-            return false;
-        }
-        n = static_cast<int32_t>(where.size());
-        for (int32_t i = 0; device != nullptr && i < n && i < capacity; i++) {
-            device[i] = where[static_cast<size_t>(i)];
-        }
-        return true;
-    });
-    return n;
-}
-
-uint64_t hybrimoe_next_event(uint64_t instance, uint64_t after, char * line, size_t size) {
-    uint64_t number = 0;
-    std::string text;
-    const bool found = hybrimoe::ask_instance(
-        instance, [&](const hybrimoe::instance_view & view) { return view.next_event(after, number, text); });
-    if (found && line != nullptr && size > 0) {
-        std::snprintf(line, size, "%s", text.c_str());
-    }
-    return found ? number : 0;
 }
 
 int hybrimoe_set_last_words(int ending, const char * text, int exit_code) {

@@ -22,10 +22,6 @@ instance_table & table() {
 
 thread_local uint64_t last_instance = 0;
 
-void clear(std::atomic<uint64_t> & counter) {
-    counter.store(0, std::memory_order_relaxed);
-}
-
 uint64_t get(const std::atomic<uint64_t> & counter) {
     return counter.load(std::memory_order_relaxed);
 }
@@ -44,45 +40,13 @@ layer_counters & counters::layer(int index) {
     return layers_[static_cast<size_t>(clamped)];
 }
 
-hybrimoe_layer_counters counters::read(int index) const {
-    const layer_counters & source = layers_[static_cast<size_t>(index)];
-    hybrimoe_layer_counters out{};
-    out.n_steps            = get(source.n_steps);
-    out.n_tokens           = get(source.n_tokens);
-    out.n_blocks           = get(source.n_blocks);
-    out.n_blocks_delegated = get(source.n_blocks_delegated);
-    out.n_experts_cpu      = get(source.n_experts_cpu);
-    out.n_experts_gpu      = get(source.n_experts_gpu);
-    out.router_us          = get_us(source.router_ns);
-    out.experts_us         = get_us(source.experts_ns);
-    out.merge_us           = get_us(source.merge_ns);
-    out.plan_us            = get_us(source.plan_ns);
-    out.wait_us            = get_us(source.wait_ns);
-    out.n_hits             = get(source.n_hits);
-    out.n_misses           = get(source.n_misses);
-    out.n_late             = get(source.n_late);
-    out.n_evictions        = get(source.n_evictions);
-    out.n_copies           = get(source.n_copies);
-    out.n_prefetched       = get(source.n_prefetched);
-    out.h2d_bytes          = get(source.h2d_bytes);
-    out.n_decode           = get(source.n_decode);
-    out.decode_us          = get_us(source.decode_ns);
-    out.predicted_us       = get_us(source.predicted_ns);
+layer_counts counters::read(int index) const {
+    const layer_counters & source = at(index);
+    layer_counts out;
+#define HYBRIMOE_COUNT(name) out.name = get(source.name);
+#define HYBRIMOE_TIME(name) out.name##_us = get_us(source.name##_ns);
+#include "counters.def"
     return out;
-}
-
-void counters::reset() {
-    for (layer_counters & one : layers_) {
-        for (auto * counter : {&one.n_steps,       &one.n_tokens,      &one.n_blocks,    &one.n_blocks_delegated,
-                               &one.n_experts_cpu, &one.n_experts_gpu, &one.router_ns,   &one.experts_ns,
-                               &one.merge_ns,      &one.plan_ns,       &one.wait_ns,     &one.n_hits,
-                               &one.n_misses,      &one.n_late,        &one.n_evictions, &one.n_copies,
-                               &one.n_prefetched,  &one.h2d_bytes,     &one.n_decode,    &one.decode_ns,
-                               &one.predicted_ns}) {
-            clear(*counter);
-        }
-    }
-    clear(n_nodes_delegated);
 }
 
 instance_ticket register_instance() {
@@ -120,6 +84,16 @@ std::shared_ptr<counters> find_instance(uint64_t id) {
     std::lock_guard<std::mutex> lock(all.mutex);
     const auto found = all.by_id.find(id);
     return found == all.by_id.end() ? nullptr : found->second;
+}
+
+std::vector<uint64_t> all_instances() {
+    instance_table & all = table();
+    std::lock_guard<std::mutex> lock(all.mutex);
+    std::vector<uint64_t> ids;
+    for (const auto & [id, data] : all.by_id) {
+        ids.push_back(id);
+    }
+    return ids;
 }
 
 uint64_t last_instance_of_thread() {

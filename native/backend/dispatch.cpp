@@ -72,7 +72,43 @@ int dispatcher::n_threads_for(size_t n_bytes) const {
     return n_bytes < min_parallel_bytes ? 1 : n_threads_;
 }
 
+instance_report dispatcher::report(unsigned parts) const {
+    return reports_.ask(parts, [this](unsigned wanted) { return make_report(wanted); });
+}
+
+instance_report dispatcher::make_report(unsigned parts) const {
+    instance_report made;
+    if ((parts & report_state) != 0) {
+        made.state = hybrid_.describe_state();
+    }
+    if ((parts & report_residency) != 0) {
+        made.residency = hybrid_.describe_residency();
+    }
+    if ((parts & report_trace) != 0) {
+        made.trace = hybrid_.describe_trace();
+    }
+    return made;
+}
+
 ggml_status dispatcher::run_block(ggml_tensor ** nodes, const moe_block & block) {
+    layer_counters & counts = counters_->layer(block.layer);
+    counts.n_experts.store(static_cast<int32_t>(block.n_expert), std::memory_order_relaxed);
+    const int32_t top_k = counts.top_k.load(std::memory_order_relaxed);
+    if (top_k == 0 || block.top_k() < top_k) {
+        counts.top_k.store(static_cast<int32_t>(block.top_k()), std::memory_order_relaxed);
+    }
+    reports_.begin_work();
+    meter_.begin_block(block.layer, block.n_tokens(), counters_->passes);
+    const ggml_status status = run_experts(nodes, block);
+    meter_.end_block(counters_->passes);
+    reports_.answer([this](unsigned wanted) { return make_report(wanted); });
+    if (block.layer == counters_->n_layers() - 1) {
+        reports_.end_work();
+    }
+    return status;
+}
+
+ggml_status dispatcher::run_experts(ggml_tensor ** nodes, const moe_block & block) {
     const std::optional<described_block> described =
         kernels_ ? kernels_->accept(nodes, block) : describe(nodes, block, kernel_executor::external_of, nullptr);
     const bool is_shared = described && hybrid_.prepare(block, *described, kernels_ == nullptr);

@@ -7,6 +7,8 @@
 #include "hybrid/hybrid.h"
 #include "kernel_executor.h"
 #include "match.h"
+#include "observer/report_exchange.h"
+#include "pass_meter.h"
 #include "settings.h"
 
 #include <memory>
@@ -33,17 +35,17 @@ public:
 
     double time_us(const known_layer & layer, const std::vector<int32_t> & experts, int n_tokens) override;
 
-    std::string describe_state() const override { return hybrid_.describe_state(); }
-    bool residency(int layer, std::vector<int32_t> & device) const override { return hybrid_.residency(layer, device); }
+    instance_report report(unsigned parts) const override;
     bool next_event(uint64_t after, uint64_t & number, std::string & line) const override {
         return hybrid_.log().next(after, number, line);
     }
-    int64_t read_trace(uint8_t * out, size_t size) const override { return hybrid_.read_trace(out, size); }
+    trace_feed * feed() const override { return hybrid_.feed(); }
     bool stop_trace() const override { return hybrid_.stop_trace(); }
-    std::string describe_trace() const override { return hybrid_.describe_trace(); }
 
 private:
+    instance_report make_report(unsigned parts) const;
     ggml_status run_block(ggml_tensor ** nodes, const moe_block & block);
+    ggml_status run_experts(ggml_tensor ** nodes, const moe_block & block);
     ggml_status run_with_kernels(ggml_tensor ** nodes, const moe_block & block, const described_block & described,
                                  bool is_shared);
     ggml_status run_with_ggml(ggml_tensor ** nodes, const moe_block & block, const described_block * shared);
@@ -64,6 +66,8 @@ private:
     hybrid hybrid_;
     int n_threads_                           = GGML_DEFAULT_N_THREADS;
     const std::vector<graph_input> * inputs_ = nullptr; // of the graph at hand
+    pass_meter meter_;
+    report_exchange<instance_report> reports_;
     std::vector<segment> segments_;
     std::vector<uint8_t> is_active_; // per expert: routed to in this step
     std::vector<int32_t> ids_;       // with ggml's kernels: [top_k, n_tokens] of the block at hand

@@ -5,6 +5,8 @@
 #include "dispatch.h"
 #include "hybrimoe.h"
 #include "json_text.h"
+#include "observer/host.h"
+#include "observer/observer.h"
 #include "running_ggml/binding.h"
 #include "running_ggml/loaded_library.h"
 #include "running_ggml/other_builds.h"
@@ -36,6 +38,8 @@ ggml_backend_buffer_type_t buffer_type();
 
 ggml_backend_buffer_t as_ours(ggml_backend_buffer_t buffer) {
     if (buffer != nullptr) {
+        note_buffer(ggml_backend_buffer_get_base(buffer), ggml_backend_buffer_get_size(buffer));
+        start_observer();
         tables::of(buffer)->buft = buffer_type();
     }
     return buffer;
@@ -98,6 +102,8 @@ struct backend_state {
 
     uint64_t id;
     const long process = process_id();
+    const bool may_log = current_settings().log_to_stderr;
+    idleness idle;
     dispatcher dispatch;
     // Inputs that are on their way to host memory: one wait for each backend they come from when the graph begins.
     std::vector<graph_input> inputs;
@@ -137,6 +143,7 @@ void wait_for(const std::vector<graph_input> & inputs) {
 
 ggml_status backend_graph_compute(ggml_backend_t backend, ggml_cgraph * graph) {
     backend_state & state = state_of(backend);
+    state.idle.on_graph_of_ours();
     wait_for(state.inputs);
     std::vector<graph_input> inputs;
     inputs.swap(state.inputs);
@@ -183,6 +190,7 @@ ggml_guid_t backend_guid() {
 
 void backend_set_n_threads(ggml_backend_t backend, int n_threads) {
     state_of(backend).dispatch.set_n_threads(n_threads);
+    state_of(backend).idle.on_graph_announced(state_of(backend).may_log); // llama.cpp sets it before each graph
 }
 
 void backend_set_abort_callback(ggml_backend_t backend, ggml_abort_callback callback, void * data) {
@@ -220,6 +228,7 @@ void device_get_props(ggml_backend_dev_t dev, ggml_backend_dev_props * props) {
 
 ggml_backend_t device_init_backend(ggml_backend_dev_t dev, const char *) {
     try {
+        start_observer();
         auto state                   = std::make_unique<backend_state>(register_instance());
         auto made                    = std::make_unique<tables::backend>();
         made->guid                   = backend_guid();

@@ -4,6 +4,7 @@
 #include "kernels/moe_kernels.h"
 
 #include <cmath>
+#include <cstdio>
 #include <cstdlib>
 #include <limits>
 #include <mutex>
@@ -222,6 +223,8 @@ const key_reader readers[] = {
                                      settings & out) { out.throttle_bytes_per_s = read_number(key, value); }},
     {"state_path",
      [](const std::string & key, const json_value & value, settings & out) { out.state_path = read_text(key, value); }},
+    {"observe",
+     [](const std::string & key, const json_value & value, settings & out) { out.observe = read_bool(key, value); }},
     {"log_to_stderr", [](const std::string & key, const json_value & value,
                          settings & out) { out.log_to_stderr = read_bool(key, value); }},
     {"pin_experts", [](const std::string & key, const json_value & value,
@@ -251,19 +254,38 @@ std::mutex & guard() {
     return mutex;
 }
 
+const char * environment(const char * name) {
+    const char * value = std::getenv(name);
+    return value == nullptr || *value == '\0' ? nullptr : value;
+}
+
+// What is wrong with the environment is said once. A program that the user started for something else goes on without
+// those settings.
+settings of_environment() {
+    settings initial;
+    const auto take = [&](const char * name, const char * what_holds, auto read) {
+        const char * value = environment(name);
+        if (value == nullptr) {
+            return;
+        }
+        try {
+            initial = read(std::string(value), initial);
+        } catch (const std::exception & error) {
+            std::fprintf(stderr, "error: HybriMoE: %s: %s\nhint: correct or unset %s; until then %s\n", name,
+                         error.what(), name, what_holds);
+        }
+    };
+    take("HYBRIMOE_CONFIG", "none of it is used, the defaults hold",
+         [](const std::string & text, const settings & base) { return parse_settings(text, base); });
+    take("HYBRIMOE_CPU", "the kernels are chosen automatically", [](const std::string & text, settings base) {
+        parse_kernels(text, base);
+        return base;
+    });
+    return initial;
+}
+
 settings & stored() {
-    static settings value = [] {
-        settings initial;
-        const char * config = std::getenv("HYBRIMOE_CONFIG");
-        if (config != nullptr && *config != '\0') {
-            initial = parse_settings(config, initial);
-        }
-        const char * kernels = std::getenv("HYBRIMOE_CPU");
-        if (kernels != nullptr && *kernels != '\0') {
-            parse_kernels(kernels, initial);
-        }
-        return initial;
-    }();
+    static settings value = of_environment();
     return value;
 }
 

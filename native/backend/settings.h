@@ -73,6 +73,7 @@ struct settings {
     std::string route_trace;           // benchmark only: a file whose expert ids replace the router's
     double throttle_bytes_per_s = 0.0; // benchmark only: copies are no faster
     std::string state_path;            // residency is read from and written to this file; empty: not kept
+    bool observe       = false;        // serve what is known to others of this user (see observer/observer.h)
     bool log_to_stderr = true;
     bool pin_experts   = false;   // register the mapped file with the device, so that copies need no staging
     std::vector<int> pin_threads; // processors of the CPU kernels' threads (see thread_pins.h); empty: not pinned

@@ -16,7 +16,7 @@ extern "C" {
 #endif
 
 // Raised by one with every change of this header that an older caller would misread.
-#define HYBRIMOE_ABI_VERSION 5
+#define HYBRIMOE_ABI_VERSION 6
 
 HYBRIMOE_API int hybrimoe_abi_version(void);
 HYBRIMOE_API const char * hybrimoe_version(void);
@@ -53,6 +53,8 @@ HYBRIMOE_API const char * hybrimoe_check_ggml(void * library);
 //   "trace"             bytes of the ring that records what the instance does (see below); 0: nothing is recorded
 //   "trace_scores"      record all router scores too
 //   "trace_spans"       record when each phase of a block and each copy began and ended
+//   "observe"           true: the process serves what is known about it to other processes of the same user, through a
+//                       unix socket (docs/observability.md), and counts routing; held from its first buffer or instance
 //   "route_trace", "throttle_link_bytes_per_s", "faults"  for benchmarks and tests
 // The environment variable HYBRIMOE_CONFIG holds the same for hosts that do not call this. Returns 0, or -1 with a
 // message in `error` and nothing changed.
@@ -62,48 +64,18 @@ HYBRIMOE_API int hybrimoe_configure(const char * json, char * error, size_t erro
 // The id of the instance that the calling thread created last, 0 if none.
 HYBRIMOE_API uint64_t hybrimoe_last_instance(void);
 
-// Counts since the instance was made or reset. A block is one layer's whole MoE computation in one step.
-struct hybrimoe_layer_counters {
-    uint64_t n_steps;            // graph computations that contained this layer
-    uint64_t n_tokens;           // tokens routed
-    uint64_t n_blocks;           // blocks run by the plug-in's own dispatch
-    uint64_t n_blocks_delegated; // blocks not recognised: handed node by node to ggml's CPU backend
-    uint64_t n_experts_cpu;      // (expert, step) pairs computed on the CPU
-    uint64_t n_experts_gpu;      // (expert, step) pairs computed on an accelerator
-    double router_us;            // router, top-k and weights
-    double experts_us;           // expert FFNs
-    double merge_us;             // weighted sum over a token's experts
-    double plan_us;              // planning and launching
-    double wait_us;              // for accelerators, once the CPU's share was done
-    uint64_t n_hits;             // (expert, step) pairs whose expert was resident
-    uint64_t n_misses;           // ... was not
-    uint64_t n_late;             // ... was being copied; counted among the misses
-    uint64_t n_evictions;
-    uint64_t n_copies;     // experts sent to accelerators, for whatever reason
-    uint64_t n_prefetched; // of these, speculative ones
-    uint64_t h2d_bytes;    // of all copies
-    uint64_t n_decode;     // blocks of a single token
-    double decode_us;      // their experts, from the launch until the last accelerator was done
-    double predicted_us;   // what the plans of these blocks said that would take; 0 without accelerators
-};
-
-// Number of layers for which the instance holds counters (highest layer index seen + 1); 0 for an unknown instance.
-HYBRIMOE_API int32_t hybrimoe_n_layers(uint64_t instance);
-// Copies the counters of `layer` (0-based, llama.cpp's layer index). Returns 0, or -1 for an unknown instance or layer.
-HYBRIMOE_API int hybrimoe_get_layer_counters(uint64_t instance, int32_t layer, struct hybrimoe_layer_counters * out);
-// Nodes computed outside any recognised MoE block (evaluation callbacks, unmatched graphs), by ggml's CPU backend.
-HYBRIMOE_API uint64_t hybrimoe_n_nodes_delegated(uint64_t instance);
-HYBRIMOE_API int hybrimoe_reset_counters(uint64_t instance);
-
-// The dispatch's state as one JSON object: devices with their slots and costs, statistics, guard. Writes at most `size`
-// bytes with the terminating 0 and returns the length that the whole text has, or -1 for an unknown instance.
-HYBRIMOE_API int64_t hybrimoe_describe_state(uint64_t instance, char * out, size_t size);
-// device[e]: the accelerator that holds expert e of the layer (0-based), or -1. Returns the layer's number of experts
-// (at most `capacity` are written), or -1 for an unknown instance or layer.
-HYBRIMOE_API int32_t hybrimoe_residency(uint64_t instance, int32_t layer, int32_t * device, int32_t capacity);
-// The first line that the dispatch logged after number `after` (0: from the start). Returns its number, or 0 if there
-// is none; the text is cut to `size`.
-HYBRIMOE_API uint64_t hybrimoe_next_event(uint64_t instance, uint64_t after, char * line, size_t size);
+// What is known about this process and its instances, as one JSON object on one line: the same that the observer's
+// socket serves (docs/observability.md has all of its members). `request` is a line of words: `instance=N` (default:
+// all), `after=N` (events after number N), and the parts that are wanted: counters, state, residency, events, heat,
+// trace; without one (or NULL) all but trace. Writes at most `size` bytes with the terminating 0 and returns the length
+// that the whole text has, or -1 when memory ran out. Never makes a step of the model wait.
+HYBRIMOE_API int64_t hybrimoe_snapshot(const char * request, char * out, size_t size);
+// What the host wants to be known of itself: one JSON object of at most 64 KiB, which snapshots hold as `host`; the
+// last one holds. Starts the observer where the settings ask for it, even if no model uses the plug-in. Returns 0, or
+// -1 with a message in `error` and nothing changed.
+HYBRIMOE_API int hybrimoe_set_host_facts(const char * json, char * error, size_t error_size);
+// The folder of this user's observer sockets, which need not exist. Writes and returns as hybrimoe_snapshot.
+HYBRIMOE_API int64_t hybrimoe_runtime_folder(char * out, size_t size);
 
 // Recording of a live run. The computing thread hands every pass of the model over whole; when the ring has no room for
 // it, it is dropped and counted. Kinds of events and the meaning of their fields: docs/trace-format.md.
@@ -127,11 +99,6 @@ struct hybrimoe_trace_pass {
 HYBRIMOE_API int64_t hybrimoe_read_trace(uint64_t instance, void * out, int64_t size);
 // Ends the recording; what was recorded may still be read. Returns 0, or -1 as above.
 HYBRIMOE_API int hybrimoe_stop_trace(uint64_t instance);
-// What belongs to a recording as one JSON object: "layers" (llama.cpp's indices of the layers, in the order of events),
-// "is_set_up", "run" (how the runtime was made; null: none was), "counters" (the runtime's, as of now), "n_passes",
-// "n_dropped", "us_per_decode_pass" and "us_per_prefill_pass" (cost for the computing thread). Otherwise as
-// hybrimoe_describe_state.
-HYBRIMOE_API int64_t hybrimoe_describe_trace(uint64_t instance, char * out, size_t size);
 
 // What the user reads when the kernel ends the process: `text` goes to stderr, the exit status is `exit_code`. NULL: as
 // if this was never called. Returns 0, or -1 for another `ending` or where the system has no such signal.

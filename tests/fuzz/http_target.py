@@ -105,7 +105,7 @@ def make() -> Target:
     worker._thread.daemon = True
     worker.start()
     sampler: Any = SimpleNamespace(snapshot=lambda: {"version": 1})
-    service = Service(worker, sampler, Defaults(("toy",), Sampling()), with_metrics=False, on_failure=failures.append)
+    service = Service(worker, sampler, Defaults(("toy",), Sampling()), on_failure=failures.append)
     gate = Gate(make_app(service), Limits(max_request_bytes=1 << 20), None, local_only=True)
     client = TestClient(gate, base_url="http://127.0.0.1", raise_server_exceptions=False)
     # Entered, it keeps one event loop for all requests; else each would start a thread with one of its own.

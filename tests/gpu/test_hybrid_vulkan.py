@@ -43,7 +43,7 @@ with Model(request["model"], **options) as model:
             layers = context.counters()
             facts = {"layers": [asdict(layer) for layer in layers], "state": model.plugin.state(context.instance),
                      "events": [line for _, line in model.plugin.events(context.instance)],
-                     "residency": {str(l.layer): model.plugin.residency(context.instance, l.layer) for l in layers}}
+                     "residency": {str(l): on for l, on in model.plugin.residency(context.instance).items()}}
         text = ""
         if request["text"]:
             import ctypes, llama_cpp

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,16 @@ def answer(engine: Any, n: int, text: str = "hello") -> list[int]:
     return list(done.prompt) + list(done.tokens)
 
 
-def test_a_snapshot_counts_what_was_done(tiny_model: Callable[..., Path]) -> None:
+def sampler_of(engine: Any) -> Any:
+    from hybrimoe.live.host import Host
     from hybrimoe.live.snapshot import LiveSampler
 
-    with make_engine(tiny_model("mixtral"), heat=True) as engine:
-        sampler = LiveSampler(engine, "chat")
+    return LiveSampler(Host(engine, "chat").read)
+
+
+def test_a_snapshot_counts_what_was_done(tiny_model: Callable[..., Path]) -> None:
+    with make_engine(tiny_model("mixtral"), observe=True) as engine:
+        sampler = sampler_of(engine)
         first = sampler.snapshot()
         assert first["phase"] == "idle" and first["rates"] is None and first["totals"]["prompt_tokens"] == 0
         answer(engine, 20)
@@ -47,70 +53,122 @@ def test_a_snapshot_counts_what_was_done(tiny_model: Callable[..., Path]) -> Non
         json.dumps(second, allow_nan=False)
 
 
-def test_heat_is_what_the_router_chose(tiny_model: Callable[..., Path]) -> None:
-    import numpy as np
+def test_a_host_that_says_nothing_is_shown_by_what_it_does(tiny_model: Callable[..., Path]) -> None:
+    from hybrimoe.live.snapshot import live_snapshot
+    from hybrimoe.native.plugin import plugin_library
 
-    from hybrimoe.live.heat import ExpertHeat
+    with make_engine(tiny_model("mixtral"), observe=True) as engine:
 
-    class Ring:
-        """A recording of two steps in layer 1 of two: experts 3 and 5 in each, of 8."""
+        def raw() -> dict[str, Any]:
+            found = plugin_library().snapshot(f"instance={engine.plugin_instance}")
+            return {**found, "host": None, "program": "llama-server"}
 
-        def describe(self) -> dict[str, Any]:
-            return {"layers": [0, 1]}
+        before = raw()
+        answer(engine, 20, "word " * 40)
+        time.sleep(0.1)
+        now = raw()
+        assert now["model_file"] == str(engine.info.path)
+        shown = live_snapshot(now, before)
+        assert shown["command"] == "llama-server" and shown["phase"] == "generating" and shown["context"] is None
+        info = engine.info
+        expected = {"name": info.path.stem, "n_experts": info.n_experts, "top_k": info.n_experts_used}
+        assert expected.items() <= shown["model"].items()
+        passes = [one["instances"][0]["passes"] for one in (before, now)]
+        grown = {name: passes[1][name] - passes[0][name] for name in passes[0]}
+        assert grown["n_prompt_tokens"] == engine.n_prompt_tokens and grown["n_generated_tokens"] == engine.n_generated
+        # Without what llama.cpp does before a pass's first layer and after its last one.
+        assert 0 < grown["generation_s"] < 1.2 * engine.generation_s
+        assert shown["rates"]["generation_per_s"] == pytest.approx(grown["n_generated_tokens"] / grown["generation_s"])
+        assert live_snapshot(now, now)["phase"] == "idle"
 
-        def read(self) -> list[Any]:
-            from hybrimoe.native.trace_ring import _EVENT, Pass
-            from hybrimoe.trace.events import EventType
 
-            events = np.zeros(1, np.dtype(_EVENT))
-            events["type"], events["layer"], events["n_rows"] = EventType.LAYER, 1, 2
-            empty = np.zeros(0, np.float32)
-            ids = np.array([3, 5, 3, 5], np.int32)
-            return [Pass(0, events, ids, empty, empty, empty, np.zeros(4, np.int8), b"")]
+def test_a_snapshot_without_instances_is_of_a_host_that_loads() -> None:
+    from hybrimoe.live.snapshot import live_snapshot
 
-    with make_engine(tiny_model("mixtral")) as engine:
-        heat = ExpertHeat(engine.info, Ring())  # type: ignore[arg-type]
-        assert heat.matrix() == [[0.0] * 8, [0, 0, 0, 0.5, 0, 0.5, 0, 0]]
+    raw = {"pid": 1, "program": "llama-cli", "uptime_s": 2.0, "at_s": 5.0, "host": None, "instances": []}
+    assert live_snapshot(raw, None)["phase"] == "loading"
 
 
 def test_counters_that_are_reset_do_not_go_back(tiny_model: Callable[..., Path]) -> None:
-    from hybrimoe.live.snapshot import LiveSampler
-
     with make_engine(tiny_model("mixtral")) as engine:
-        sampler = LiveSampler(engine, "chat")
+        sampler = sampler_of(engine)
         seen = []
         for _ in range(3):
             engine.reset_counters()
+            assert engine.counters() == []
             answer(engine, 4)
             time.sleep(0.25)  # snapshots within that time are the same one
             seen.append(sampler.snapshot()["totals"]["experts_cpu"])
         assert seen[0] > 0 and seen == sorted(set(seen))
 
 
-def test_an_accelerator_shows_with_slots_and_residency(tiny_model: Callable[..., Path]) -> None:
-    from hybrimoe.expert_options import CacheSize, ExpertOptions
+def test_events_come_once_and_begin_anew_with_another_instance(tiny_model: Callable[..., Path]) -> None:
     from hybrimoe.live.snapshot import LiveSampler
 
+    def raw(instance: int, events: list[Any]) -> dict[str, Any]:
+        instances = [{"id": instance, "events": events}]
+        return {"pid": 1, "program": "x", "uptime_s": 0, "at_s": time.monotonic(), "host": None, "instances": instances}
+
+    asked = []
+    current = (1, ["a", "b"])
+
+    def read(after: int) -> dict[str, Any]:
+        asked.append(after)
+        return raw(current[0], [[n, text] for n, text in enumerate(current[1], 1) if n > after])
+
+    sampler = LiveSampler(read)
+    assert [e["text"] for e in sampler.snapshot()["events"]] == ["a", "b"]
+    time.sleep(0.25)
+    current = (2, ["c"])
+    assert sampler.snapshot()["events"] == [{"number": 1, "text": "c"}] and asked == [0, 2, 0]
+
+
+def test_an_accelerator_shows_with_slots_and_residency(tiny_model: Callable[..., Path]) -> None:
+    from hybrimoe.expert_options import CacheSize, ExpertOptions
+
     experts = ExpertOptions(devices=("CPU",), cache=CacheSize(n_slots=2), guard=False)
-    with make_engine(tiny_model("mixtral"), experts=experts, heat=True) as engine:
+    with make_engine(tiny_model("mixtral"), experts=experts, observe=True) as engine:
         answer(engine, 20)
-        found = LiveSampler(engine, "chat").snapshot()
+        found = sampler_of(engine).snapshot()
         (device,) = found["devices"]
         assert device["n_slots"] == 2 * len(found["experts"]["layers"])
         assert all(sum(on >= 0 for on in row) <= 2 for row in found["experts"]["on"])
         assert found["totals"]["hits"] + found["totals"]["misses"] > 0 and found["guard"]["on"] is False
 
 
-def test_heat_changes_no_answer(tiny_model: Callable[..., Path]) -> None:
+def test_being_watched_changes_no_answer(tiny_model: Callable[..., Path]) -> None:
     from hybrimoe.generation import Sampling
 
     found = []
-    for heat in (False, True):
-        with make_engine(tiny_model("mixtral"), heat=heat) as engine:
+    for observe in (False, True):
+        with make_engine(tiny_model("mixtral"), observe=observe) as engine:
             done = engine.answer(engine.text_prompt("hello"), Sampling(temp=0), 16)
             list(done)
             found.append(list(done.tokens))
     assert found[0] == found[1]
+
+
+def test_a_recording_by_the_host_and_one_by_others_are_whole(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    from hybrimoe.live.sockets import Observer
+    from hybrimoe.native.plugin import plugin_library
+    from hybrimoe.trace.attach import attach
+    from hybrimoe.trace.format import read
+
+    own, other = tmp_path / "own.trace", tmp_path / "other.trace"
+    with make_engine(tiny_model("mixtral"), observe=True, trace=own) as engine:
+        socket = plugin_library().snapshot("events")["socket"]
+        with ThreadPoolExecutor(1) as pool:
+            attached = pool.submit(attach, Path(socket), other, 20)
+            with Observer(Path(socket)) as observer:
+                until = time.monotonic() + DEADLINE_S
+                while not attached.done() and time.monotonic() < until:
+                    answer(engine, 8)
+                    heat = observer.ask(f"snapshot heat instance={engine.plugin_instance}")["instances"][0]["heat"]
+            assert attached.result().recorder.n_tokens >= 20 and all(sum(row) > 0.9 for row in heat)
+    mine, theirs = read(own), read(other)
+    assert theirs.n_tokens >= 20 and theirs.model == mine.model and mine.n_tokens >= theirs.n_tokens
+    window = theirs.experts.tobytes()
+    assert window in mine.experts.tobytes(), "a stretch of the same tokens, none of them missing"
 
 
 def test_a_chat_can_be_watched(tiny_model: Callable[..., Path], tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def counted(context: Context) -> Facts:
     if plugin is not None:
         facts["state"] = plugin.state(context.instance)
         facts["events"] = [line for _, line in plugin.events(context.instance)]
-        facts["residency"] = {n["layer"]: plugin.residency(context.instance, n["layer"]) for n in facts["layers"]}
+        facts["residency"] = plugin.residency(context.instance)
     return facts
 
 

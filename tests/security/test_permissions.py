@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -71,15 +73,23 @@ def test_state(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
     check(state, tmp_path)
 
 
-def test_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_socket() -> None:
+    program = """
+import sys
+from hybrimoe.native.plugin import plugin_library
+plugin_library().configure(observe=True)
+plugin_library().set_host_facts({})
+print(plugin_library().snapshot("events")["socket"], flush=True)
+sys.stdin.read()
+"""
     import tempfile
 
-    from hybrimoe.live.sockets import LiveSocket
-
-    with tempfile.TemporaryDirectory() as short:  # a socket's path holds 107 bytes
-        monkeypatch.setenv("XDG_RUNTIME_DIR", str(Path(short) / "run"))
-        offered = LiveSocket(dict)
+    with tempfile.TemporaryDirectory() as short:  # a socket's path holds 103 bytes
+        environment = {**os.environ, "XDG_RUNTIME_DIR": str(Path(short) / "run")}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        process = subprocess.Popen([sys.executable, "-c", program], env=environment, text=True, **pipes)
         try:
-            check(offered.path, Path(short))
+            assert process.stdout is not None
+            check(Path(process.stdout.readline().strip()), Path(short))
         finally:
-            offered.close()
+            process.communicate(timeout=60)

@@ -168,11 +168,13 @@ async function watch() {
 function show(s) {
   latest = s;
   setPhase(s.phase);
-  $("model").textContent = s.model.name;
-  document.title = `${s.model.name} - HybriMoE`;
+  const name = s.model.name || s.command;
+  $("model").textContent = name;
+  document.title = `${name} - HybriMoE`;
+  document.body.classList.toggle("companion", s.companion === true);
   if (s.requests) $("queue").textContent = `${s.requests.running} / ${s.requests.waiting}`;
   if (s.phase === "loading") return;
-  $("shape").textContent = `${s.model.n_moe_layers} MoE layers × ${s.model.n_experts} experts, top-${s.model.top_k}, ${s.model.file_type}`;
+  $("shape").textContent = `${s.model.n_moe_layers} MoE layers × ${s.model.n_experts} experts, top-${s.model.top_k}${s.model.file_type ? `, ${s.model.file_type}` : ""}`;
   const rates = s.rates || {};
   $("generation").textContent = number(rates.generation_per_s || s.totals.generation_per_s);
   $("prompt").textContent = number(rates.prompt_per_s || s.totals.prompt_per_s);

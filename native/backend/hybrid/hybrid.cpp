@@ -160,6 +160,7 @@ void hybrid::on_learnt_pass() {
         give_up((std::string("set-up failed: ") + error.what()).c_str());
         reproducibility_.broken("set-up failed");
     }
+    introduce();
 }
 
 bool hybrid::prepare(const moe_block & block, const described_block & described, bool exact) {
@@ -349,20 +350,6 @@ void hybrid::end_block() {
 
 // ---------------------------------------------------------------------------------------------------------------
 // what others may ask (the rest is in report.cpp)
-
-bool hybrid::residency(int llama_layer, std::vector<int32_t> & device) const {
-    std::lock_guard<std::mutex> lock(mutex_);
-    for (int layer = 0; runtime_ != nullptr && layer < shared_.book.n_layers(); layer++) {
-        if (shared_.book.layer(layer).llama_layer == llama_layer) {
-            device.clear();
-            for (int32_t e = 0; e < shared_.book.layer(layer).layout.n_expert; e++) {
-                device.push_back(fleet_.holder(layer, e));
-            }
-            return true;
-        }
-    }
-    return false;
-}
 
 bool hybrid::stop_trace() const {
     std::lock_guard<std::mutex> lock(mutex_);

@@ -72,10 +72,10 @@ public:
     const event_log & log() const { return shared_.log; }
     // What stands where, as one JSON object: devices, slots, costs, guard, statistics.
     std::string describe_state() const;
-    // device[e] of the layer: the accelerator that holds expert e, or -1. False for an unknown layer.
-    bool residency(int llama_layer, std::vector<int32_t> & device) const;
+    // Layer by layer, as one JSON array: the accelerator that holds each expert, or -1; empty where nothing is shared.
+    std::string describe_residency() const;
     // The recording; see instance_view.
-    int64_t read_trace(uint8_t * out, size_t size) const { return recording_.read(out, size); }
+    trace_feed * feed() const { return recording_.feed(); }
     bool stop_trace() const;
     std::string describe_trace() const;
 
@@ -84,6 +84,7 @@ private:
 
     void on_learnt_pass();
     void set_up();
+    void introduce() const;
     bool make_parts(std::string & why_not);
     void save_state();
     std::vector<std::vector<int32_t>> read_residents() const;

@@ -12,6 +12,9 @@ namespace hybrimoe {
 
 namespace {
 
+// Room for the largest passes of large models without their scores. Pages that no recording reaches are never touched.
+constexpr int64_t observer_ring_bytes = int64_t{32} << 20;
+
 nlohmann::json counters_of(const runtime & rt) {
     const runtime_stats & s = rt.stats();
     const cache_stats & c   = rt.cache().stats();
@@ -50,11 +53,16 @@ nlohmann::json counters_of(const runtime & rt) {
 
 } // namespace
 
+// A host that asks for a recording gets what it asks for and reads it. An observer needs the routing alone.
 recording::recording(const common & shared) : shared_(shared) {
     const settings & config = shared.config;
-    if (config.trace_bytes > 0) {
-        recorder_ = std::make_unique<trace_recorder>(static_cast<size_t>(config.trace_bytes), config.trace_scores,
-                                                     config.trace_spans);
+    const bool for_host     = config.trace_bytes > 0;
+    if (for_host || config.observe) {
+        recorder_ =
+            std::make_unique<trace_recorder>(static_cast<size_t>(for_host ? config.trace_bytes : observer_ring_bytes),
+                                             for_host && config.trace_scores, for_host && config.trace_spans);
+        feed_ = std::make_unique<trace_feed>([this](uint8_t * out, size_t size) { return recorder_->pop(out, size); },
+                                             for_host);
     }
 }
 
@@ -266,7 +274,7 @@ std::string recording::describe(bool is_set_up, const runtime * rt, const fleet 
     out["counters"] = nullptr;
     if (recorder_ != nullptr) {
         out["n_passes"]            = recorder_->n_passes();
-        out["n_dropped"]           = recorder_->n_dropped();
+        out["n_dropped"]           = recorder_->n_dropped() + feed_->n_lost(trace_feed::host);
         out["us_per_decode_pass"]  = recorder_->us_per_decode_pass();
         out["us_per_prefill_pass"] = recorder_->us_per_prefill_pass();
     }

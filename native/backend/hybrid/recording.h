@@ -1,12 +1,13 @@
 // The recording of a live run: an observer that the other parts tell what happens, and the only one that knows the
 // recorder. Owns the recorder and the phases of the block at hand. Called by the computing thread, under the instance's
-// mutex where stop() and describe() may come from another; read() takes none. Where nothing is recorded, every call
+// mutex where stop() and describe() may come from another; feed() takes none. Where nothing is recorded, every call
 // returns at once.
 #pragma once
 
 #include "core/runtime.h"
 #include "hybrid/common.h"
 #include "kernel_executor.h"
+#include "observer/trace_feed.h"
 #include "trace_recorder.h"
 
 #include <memory>
@@ -62,7 +63,7 @@ public:
     // The costs that the runtime is made with.
     void keep_costs(const cost_model & costs);
     // See instance_view.
-    int64_t read(uint8_t * out, size_t size) const { return recorder_ == nullptr ? -1 : recorder_->pop(out, size); }
+    trace_feed * feed() const { return feed_.get(); }
     bool stop() const;
     // `rt` may be null.
     std::string describe(bool is_set_up, const runtime * rt, const fleet & devices) const;
@@ -74,6 +75,7 @@ private:
 
     const common & shared_;
     std::unique_ptr<trace_recorder> recorder_; // null: nothing is recorded
+    std::unique_ptr<trace_feed> feed_;         // what has been recorded; null likewise
     std::string costs_;                        // those the runtime was made with
     double unplanned_us_ = 0.0;                // when a block that was not planned was routed
     block_times times_;                        // of the block at hand, where spans are recorded

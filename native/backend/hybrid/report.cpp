@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 
 namespace hybrimoe {
 
@@ -60,11 +61,59 @@ void announce(const common & shared, const fleet & devices, const reproducibilit
     }
 }
 
+// For a user who started another program than ours, and sees only its output: once the layers are known.
+void hybrid::introduce() const {
+    const layer_book & book = shared_.book;
+    if (!shared_.config.log_to_stderr || book.n_layers() == 0) {
+        return;
+    }
+    std::string where;
+    for (int d = 0; phase_ == phase::ready && d < fleet_.size(); d++) {
+        double bytes    = 0.0;
+        int64_t n_slots = 0;
+        for (int layer = 0; layer < book.n_layers(); layer++) {
+            bytes += static_cast<double>(fleet_[d].of_layer(layer).n_bytes());
+            n_slots += fleet_[d].of_layer(layer).n_slots();
+        }
+        char text[128];
+        std::snprintf(text, sizeof(text), ", %s with %lld slots (%.2f GiB)", fleet_[d].port.name().c_str(),
+                      static_cast<long long>(n_slots), gib(bytes));
+        where += text;
+    }
+    std::fprintf(stderr, "HybriMoE runs %d MoE layers: %d experts, top-%d; CPU kernels %s%s\n", book.n_layers(),
+                 static_cast<int>(book.max_experts()), static_cast<int>(book.max_top_k()),
+                 shared_.config.kernels == cpu_kernels::ggml || kernels_ == nullptr
+                     ? "ggml"
+                     : kernels::kernel_set_name(kernels_),
+                 where.empty() ? ", all experts on the CPU" : where.c_str());
+}
+
+std::string hybrid::describe_residency() const {
+    std::lock_guard<std::mutex> lock(mutex_);
+    std::string out = "[";
+    for (int layer = 0; layer < shared_.book.n_layers(); layer++) {
+        out += layer == 0 ? "[" : ",[";
+        const int32_t n_experts = runtime_ == nullptr ? 0 : shared_.book.layer(layer).layout.n_expert;
+        for (int32_t e = 0; e < n_experts; e++) {
+            out += (e == 0 ? "" : ",") + std::to_string(fleet_.holder(layer, e));
+        }
+        out += "]";
+    }
+    return out + "]";
+}
+
 std::string hybrid::describe_state() const {
     std::lock_guard<std::mutex> lock(mutex_);
     nlohmann::json out;
-    out["phase"]    = phase_ == phase::learning ? "learning" : phase_ == phase::ready ? "ready" : "cpu-only";
-    out["n_layers"] = shared_.book.n_layers();
+    out["phase"]  = phase_ == phase::learning ? "learning" : phase_ == phase::ready ? "ready" : "cpu-only";
+    out["layers"] = nlohmann::json::array();
+    for (int layer = 0; layer < shared_.book.n_layers(); layer++) {
+        const known_layer & one = shared_.book.layer(layer);
+        out["layers"].push_back({{"layer", one.llama_layer},
+                                 {"n_experts", one.layout.n_expert},
+                                 {"top_k", one.top_k},
+                                 {"expert_bytes", one.layout.expert_bytes()}});
+    }
     out["given_up"] = given_up_.empty() ? nlohmann::json(nullptr) : nlohmann::json(given_up_);
     out["paused"]   = nlohmann::json::array(); // what is tried again later, and why
     if (pause_.is_on()) {

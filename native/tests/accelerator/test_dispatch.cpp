@@ -3,6 +3,7 @@
 #include "../backend/check.h"
 #include "counters.h"
 #include "dispatch.h"
+#include "observer/trace_feed.h"
 #include "settings.h"
 #include "small_model.h"
 
@@ -61,12 +62,12 @@ public:
 
 private:
     void look(const dispatcher & what, const counters & data) {
-        std::vector<int32_t> device;
         uint64_t number = 0;
         std::string line;
         while (!stop_) {
-            CHECK(what.describe_state().size() > 10);
-            what.residency(1, device);
+            const instance_report report = what.report(report_state | report_residency | report_trace);
+            CHECK(report.state.size() > 10 && report.residency.front() == '[' && report.trace.front() == '{');
+            CHECK(what.feed() != nullptr && what.feed()->heat().size() <= 16);
             while (what.next_event(number, number, line)) {
             }
             for (int layer = 0; layer < data.n_layers(); layer++) {
@@ -84,10 +85,11 @@ void play(const char * name, const small_model::shape & shape, const std::string
     const int n_failed_before = check::n_failed();
     const small_model::model model(shape, 5);
     const reference plain;
-    const settings config = parse_settings(small_model::settings_json(more), settings());
-    auto data             = std::make_shared<counters>();
-    double worst          = 0.0;
-    bool is_equal         = true;
+    const settings config =
+        parse_settings(small_model::settings_json("\"observe\": true" + (more.empty() ? "" : ", " + more)), settings());
+    auto data     = std::make_shared<counters>();
+    double worst  = 0.0;
+    bool is_equal = true;
     std::string state;
     {
         dispatcher ours(config, data);
@@ -111,11 +113,11 @@ void play(const char * name, const small_model::shape & shape, const std::string
                 x        = exact;
             }
         }
-        state = ours.describe_state();
+        state = ours.report(report_state).state;
     }
-    hybrimoe_layer_counters sum{};
+    layer_counts sum;
     for (int layer = 0; layer < shape.n_layers; layer++) {
-        const hybrimoe_layer_counters one = data->read(layer);
+        const layer_counts one = data->read(layer);
         sum.n_blocks += one.n_blocks;
         sum.n_blocks_delegated += one.n_blocks_delegated;
         sum.n_experts_gpu += one.n_experts_gpu;

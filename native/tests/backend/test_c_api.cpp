@@ -4,9 +4,12 @@
 #include "fake_ggml.h"
 #include "hybrimoe.h"
 
+#include "nlohmann/json.hpp"
+
 #include <cstring>
 #include <string>
 #include <thread>
+#include <unistd.h>
 
 namespace {
 
@@ -47,17 +50,35 @@ void test_last_words() {
     CHECK(hybrimoe_set_last_words(-1, nullptr, 5) == -1);
 }
 
-void test_unknown_instances() {
-    hybrimoe_layer_counters out;
-    std::memset(&out, 0x5a, sizeof(out));
-    const hybrimoe_layer_counters before = out;
-    for (const uint64_t id : {uint64_t{0}, uint64_t{12345}, ~uint64_t{0}}) {
-        CHECK(hybrimoe_n_layers(id) == 0);
-        CHECK(hybrimoe_get_layer_counters(id, 0, &out) == -1);
-        CHECK(hybrimoe_n_nodes_delegated(id) == 0);
-        CHECK(hybrimoe_reset_counters(id) == -1);
+nlohmann::json snapshot(const std::string & request) {
+    std::string text(static_cast<size_t>(hybrimoe_snapshot(request.c_str(), nullptr, 0)) + 64, '\0');
+    const int64_t length = hybrimoe_snapshot(request.c_str(), text.data(), text.size());
+    CHECK(length >= 0 && static_cast<size_t>(length) < text.size());
+    return nlohmann::json::parse(text.c_str());
+}
+
+void test_requests() {
+    const nlohmann::json all = snapshot("");
+    CHECK(all["schema"] == 1 && all["pid"] == ::getpid() && all["instances"].empty());
+    CHECK(all["host"].is_null() && all["socket"].is_null() && all["program"].get<std::string>().size() > 0);
+    for (const char * request : {"nonsense", "instance=", "instance=x", "after=-1", "counters,state", "instance=1x"}) {
+        CHECK(contains(snapshot(request).value("error", "").c_str(), "not known"));
     }
-    CHECK(std::memcmp(&out, &before, sizeof(out)) == 0);
+    CHECK(snapshot("instance=12345 counters")["instances"].empty());
+    char tiny[4] = "abc";
+    CHECK(hybrimoe_snapshot(nullptr, tiny, sizeof(tiny)) > 100 && std::strlen(tiny) == 3);
+}
+
+void test_host_facts() {
+    char error[64] = "";
+    CHECK(hybrimoe_set_host_facts("{\"phase\":\n\"idle\"}", error, sizeof(error)) == 0);
+    CHECK(snapshot("counters")["host"]["phase"] == "idle");
+    const std::string large = "{\"x\": \"" + std::string(70000, 'x') + "\"}";
+    for (const std::string & bad : {std::string("[]"), std::string("{"), large}) {
+        CHECK(hybrimoe_set_host_facts(bad.c_str(), error, sizeof(error)) == -1 && std::strlen(error) > 0);
+    }
+    CHECK(hybrimoe_set_host_facts("[]", nullptr, 0) == -1);
+    CHECK(snapshot("counters")["host"]["phase"] == "idle");
 }
 
 void test_instances() {
@@ -68,22 +89,24 @@ void test_instances() {
     CHECK(hybrimoe_last_instance() == second.id);
     std::thread([] { CHECK(hybrimoe_last_instance() == 0); }).join();
 
+    hybrimoe::add(first.data->layer(2).n_steps, 1);
     hybrimoe::add(first.data->layer(2).n_blocks, 3);
+    hybrimoe::add(first.data->layer(2).router_ns, 1500);
     hybrimoe::add(first.data->n_nodes_delegated, 4);
-    CHECK(hybrimoe_n_layers(first.id) == 3);
-    CHECK(hybrimoe_n_layers(second.id) == 0);
-    hybrimoe_layer_counters out{};
-    CHECK(hybrimoe_get_layer_counters(first.id, 2, &out) == 0 && out.n_blocks == 3);
-    CHECK(hybrimoe_get_layer_counters(first.id, 0, &out) == 0 && out.n_blocks == 0);
-    for (const int layer : {-1, 3, 1 << 30, -(1 << 30)}) {
-        CHECK(hybrimoe_get_layer_counters(first.id, layer, &out) == -1);
-    }
-    CHECK(hybrimoe_n_nodes_delegated(first.id) == 4);
-    CHECK(hybrimoe_reset_counters(first.id) == 0);
-    CHECK(hybrimoe_n_nodes_delegated(first.id) == 0);
+    hybrimoe::add(first.data->passes.n_prompt_tokens, 7);
+    const std::string name     = "instance=" + std::to_string(first.id);
+    const nlohmann::json found = snapshot(name + " counters")["instances"];
+    CHECK(found.size() == 1 && found[0]["id"] == first.id && found[0]["n_nodes_delegated"] == 4);
+    const nlohmann::json & columns = found[0]["counters"];
+    CHECK(columns["layer"] == nlohmann::json({2}) && columns["n_blocks"] == nlohmann::json({3}));
+    CHECK(columns["router_us"] == nlohmann::json({1.5}) && found[0]["passes"]["n_prompt_tokens"] == 7);
+    CHECK(snapshot("counters")["instances"].size() == 2);
+    CHECK(snapshot(name + " state")["instances"].empty()); // it has not been shown yet
+    hybrimoe_trace_pass head;
+    CHECK(hybrimoe_read_trace(first.id, &head, sizeof(head)) == -1 && hybrimoe_stop_trace(first.id) == -1);
 
     hybrimoe::forget_instance(first.id);
-    CHECK(hybrimoe_n_layers(first.id) == 0);
+    CHECK(snapshot(name)["instances"].empty());
     hybrimoe::add(first.data->layer(0).n_blocks, 1); // a computation that is still running keeps its counters
     hybrimoe::forget_instance(first.id);
     hybrimoe::forget_instance(second.id);
@@ -109,7 +132,8 @@ int main(int argc, char ** argv) {
         test_versions();
         test_configure();
         test_last_words();
-        test_unknown_instances();
+        test_requests();
+        test_host_facts();
         test_instances();
     }
     return check::report();

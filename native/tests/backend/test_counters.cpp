@@ -1,6 +1,7 @@
-// Counters: sums, reset, layers outside the range, and readers beside the one writer.
+// Counters: sums, layers outside the range, readers beside the one writer, and what a pass counts as.
 #include "check.h"
 #include "counters.h"
+#include "pass_meter.h"
 
 #include <atomic>
 #include <thread>
@@ -24,20 +25,11 @@ void test_sums() {
     add(layer.experts_ns, 2000000);
     add(layer.merge_ns, 250);
     CHECK(data.n_layers() == 6);
-    const hybrimoe_layer_counters out = data.read(5);
+    const layer_counts out = data.read(5);
     CHECK(out.n_steps == 1 && out.n_tokens == 33 && out.n_blocks == 1 && out.n_blocks_delegated == 2);
     CHECK(out.n_experts_cpu == 8 && out.n_experts_gpu == 4);
     CHECK(out.router_us == 1.5 && out.experts_us == 2000.0 && out.merge_us == 0.25);
     CHECK(data.read(4).n_steps == 0);
-
-    add(data.n_nodes_delegated, 7);
-    data.reset();
-    const hybrimoe_layer_counters zero = data.read(5);
-    CHECK(zero.n_steps == 0 && zero.n_tokens == 0 && zero.n_blocks == 0 && zero.n_blocks_delegated == 0);
-    CHECK(zero.n_experts_cpu == 0 && zero.n_experts_gpu == 0);
-    CHECK(zero.router_us == 0 && zero.experts_us == 0 && zero.merge_us == 0);
-    CHECK(data.n_nodes_delegated.load() == 0);
-    CHECK(data.n_layers() == 6);
 }
 
 void test_layers_outside_the_range() {
@@ -97,11 +89,34 @@ void test_readers_beside_a_writer() {
     CHECK(find_instance(ticket.id) == nullptr);
 }
 
+// Steps of up to 16 rows are generation; time between two passes counts unless it is longer than the first of them.
+void test_passes() {
+    pass_counters counts;
+    pass_meter meter;
+    const auto run = [&](int64_t n_tokens, int ms) {
+        for (const int layer : {0, 1}) {
+            meter.begin_block(layer, n_tokens, counts);
+            std::this_thread::sleep_for(std::chrono::milliseconds(ms));
+            meter.end_block(counts);
+        }
+    };
+    run(17, 10);
+    run(1, 10);
+    run(16, 10);
+    CHECK(counts.n_passes == 3 && counts.n_prompt_tokens == 17 && counts.n_generated_tokens == 17);
+    const uint64_t busy_ns = counts.generation_ns;
+    CHECK(counts.prompt_ns >= 20000000 && busy_ns >= 40000000);
+    std::this_thread::sleep_for(std::chrono::milliseconds(500));
+    run(1, 1);
+    CHECK(counts.generation_ns - busy_ns < 400000000);
+}
+
 } // namespace
 
 int main() {
     test_sums();
     test_layers_outside_the_range();
     test_readers_beside_a_writer();
+    test_passes();
     return check::report();
 }

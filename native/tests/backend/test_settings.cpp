@@ -219,7 +219,7 @@ int main(int argc, char ** argv) {
             } catch (const std::exception & error) {
                 message = error.what();
             }
-            CHECK(contains(message, "abacus") && contains(message, "ggml"));
+            CHECK(message.empty() && current_settings().kernels == settings().kernels); // said on stderr
         }
     } else {
         unsetenv("HYBRIMOE_CPU");
