@@ -80,6 +80,10 @@ def _experts(instances: Sequence[Raw]) -> Iterator[Metric]:
     for kind in sorted({pause["kind"] for state in states for pause in state.get("paused", ())}):
         paused.add_metric([kind], 1.0)
     yield paused
+    given_up = GaugeMetricFamily("hybrimoe:given_up", "Asked for and not used in this process", labels=["reason"])
+    for reason in sorted({state["given_up"] for state in states if state.get("given_up")}):
+        given_up.add_metric([reason], 1.0)
+    yield given_up
 
 
 def _requests(raw: Raw) -> Iterator[Metric]:

@@ -35,29 +35,9 @@ HYBRIMOE_API const char * hybrimoe_ggml_interface(void);
 // loads the plug-in through ggml need not.
 HYBRIMOE_API const char * hybrimoe_check_ggml(void * library);
 
-// Sets what backend instances created from now on use; instances that exist keep their settings. `json` is one object:
-//   "cpu_kernels"       "auto", "ggml", "avx512", "avxvnni", "avx2" or "scalar"
-//   "devices"           accelerators: "auto" (every GPU that ggml has) or a list of ggml's device names
-//   "expert_cache"      "auto" (what is free), slots per layer, {"bytes": n} or {"fraction": f}; 0: none
-//   "fit_margin_bytes"  device memory that stays free with "auto"
-//   "n_cpu_layers"      the first layers that have no slots
-//   "cache_policy", "schedule", "prefetch", "admission"   policies of the core, "name" or "name:param=value,..."
-//   "guard", "live_costs", "pin_experts", "log_to_stderr" true or false
-//   "reproducible"      true: whole layers stay where set-up put them, and nothing is copied while the model runs;
-//                       policies, "guard", "live_costs", "costs" and "state_path" have no effect then
-//   "costs"             null (measured at the start), the cost section of a calibration, or for every expert alike
-//                       {"cpu_us", "cpu_first_us", "gpu_us", "copy_us"}
-//   "pin_threads"       processors of the CPU kernels' threads: thread i on pin_threads[i], the first one free
-//   "max_batch_tokens"  work memory that is kept free for prefill
-//   "state_path"        file that keeps which experts were resident
-//   "trace"             bytes of the ring that records what the instance does (see below); 0: nothing is recorded
-//   "trace_scores"      record all router scores too
-//   "trace_spans"       record when each phase of a block and each copy began and ended
-//   "observe"           true: the process serves what is known about it to other processes of the same user, through a
-//                       unix socket (docs/observability.md), and counts routing; held from its first buffer or instance
-//   "route_trace", "throttle_link_bytes_per_s", "faults"  for benchmarks and tests
-// The environment variable HYBRIMOE_CONFIG holds the same for hosts that do not call this. Returns 0, or -1 with a
-// message in `error` and nothing changed.
+// Sets what backend instances created from now on use; instances that exist keep their settings. `json` is one object,
+// its keys and values are those of docs/settings.md. The environment variable HYBRIMOE_CONFIG holds the same for hosts
+// that do not call this. Returns 0, or -1 with a message in `error` and nothing changed.
 HYBRIMOE_API int hybrimoe_configure(const char * json, char * error, size_t error_size);
 
 // llama.cpp creates one backend instance per llama_context. Ids start at 1 and are never used twice.

@@ -57,6 +57,13 @@ def test_a_pause_is_shown_wherever_one_looks(serve: Serve, tiny_model: Callable[
     assert lines_with(server, "shared again") == []
 
 
+def test_what_is_given_up_is_a_metric(serve: Serve, tiny_model: Callable[..., Path]) -> None:
+    server = serve(str(tiny_model("qwen3moe", "Q4_0")), *STAND_IN, **failing(fail_set_up=1)).wait_until_ready()
+    assert server.chat(max_tokens=8)[0] == 200
+    (line,) = [line for line in server.ask("/metrics")[1].splitlines() if line.startswith("hybrimoe:given_up{")]
+    assert line.endswith("} 1.0") and str(server.ask("/live")[1]["given_up"]) in line
+
+
 def test_the_log_says_when_a_pause_begins_and_ends(serve: Serve, tiny_model: Callable[..., Path]) -> None:
     environment = failing(fail_step=20, pause_us=1)
     server = serve(str(tiny_model("qwen3moe", "Q4_0")), *STAND_IN, **environment).wait_until_ready()
