@@ -17,6 +17,7 @@ __all__ = ["Observer", "ObserverGoneError", "TraceStream", "WatchedProcess", "pr
 
 _MAX_LINE_BYTES = 64 << 20
 _PIECE_BYTES = 1 << 18
+_MOST_PIECES = 64  # of one read
 _MAX_PASS_BYTES = 1 << 30
 _NAME = re.compile(r"(\d+)(-\d)?\.sock")
 
@@ -146,15 +147,19 @@ class TraceStream:
 
     def read(self) -> bytes:
         """All whole passes (hybrimoe_trace_pass and its arrays) that have come since the last call. Does not wait."""
-        while not self.has_ended:
+        # A socket with a timeout would wait for it, whatever the flags say; a busy process sends without end.
+        self.connection.setblocking(False)
+        for _ in range(_MOST_PIECES):
             try:
-                piece = self.connection.recv(_PIECE_BYTES, socket.MSG_DONTWAIT)
-            except (BlockingIOError, TimeoutError):
+                piece = self.connection.recv(_PIECE_BYTES)
+            except BlockingIOError:
                 break
             except OSError:
                 piece = b""
-            self.has_ended = not piece
             self.received += piece
+            if not piece:
+                self.has_ended = True
+                break
         end = 0
         while len(self.received) - end >= 8:
             n_bytes = int.from_bytes(self.received[end : end + 8], "little")
