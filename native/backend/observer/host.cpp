@@ -2,10 +2,12 @@
 
 #include "json_text.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdio>
 #include <fstream>
+#include <iterator>
 #include <mutex>
 #include <sstream>
 #include <stdexcept>
@@ -34,11 +36,16 @@ process_facts & facts() {
 
 std::atomic<bool> has_buffers{false}, is_warned{false};
 
-std::string program_name() {
-    std::string name;
+std::string own_program() {
+    std::string name, argument;
     std::ifstream file("/proc/self/comm");
     std::getline(file, name);
-    return name;
+    std::vector<std::string> arguments;
+    std::ifstream words("/proc/self/cmdline");
+    while (std::getline(words, argument, '\0')) {
+        arguments.push_back(argument);
+    }
+    return program_name(name, arguments);
 }
 
 // The file that is mapped at an address; empty for memory that is no file.
@@ -62,6 +69,24 @@ std::string file_at(const void * data) {
 
 } // namespace
 
+std::string program_name(const std::string & name, const std::vector<std::string> & arguments) {
+    if (name.rfind("ld-linux", 0) != 0) {
+        return name;
+    }
+    // Options of the dynamic linker that have a value.
+    const char * const with_value[] = {"--library-path",     "--inhibit-rpath", "--audit",
+                                       "--preload",          "--argv0",         "--glibc-hwcaps-prepend",
+                                       "--glibc-hwcaps-mask"};
+    for (size_t i = 1; i < arguments.size(); i++) {
+        const std::string & one = arguments[i];
+        if (one.rfind("--", 0) != 0) {
+            return one.substr(one.rfind('/') + 1);
+        }
+        i += std::find(std::begin(with_value), std::end(with_value), one) != std::end(with_value) ? 1 : 0;
+    }
+    return name;
+}
+
 nlohmann::json describe_process() {
     process_facts & all = facts();
     std::lock_guard<std::mutex> lock(all.mutex);
@@ -70,7 +95,7 @@ nlohmann::json describe_process() {
 #ifdef __unix__
             {"pid", static_cast<int64_t>(::getpid())},
 #endif
-            {"program", program_name()},
+            {"program", own_program()},
             {"uptime_s", uptime_s},
             {"model_file", all.model_file.empty() ? nlohmann::json(nullptr) : nlohmann::json(all.model_file)}};
 }

@@ -7,8 +7,13 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 namespace hybrimoe {
+
+// What a process is called: `name` as the kernel has it, or, where that is the dynamic linker, the program that it was
+// told to start by the command line `arguments`.
+std::string program_name(const std::string & name, const std::vector<std::string> & arguments);
 
 // pid, program, version, uptime_s (since the plug-in was first used), model_file (null: unknown).
 nlohmann::json describe_process();

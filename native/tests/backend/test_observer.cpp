@@ -298,6 +298,15 @@ void test_folder(const std::string & scratch) {
     CHECK(runtime_folder() == scratch + "/hybrimoe");
 }
 
+void test_program_names() {
+    using words = std::vector<std::string>;
+    CHECK(program_name("llama-server", words{"/usr/bin/llama-server", "-m", "x"}) == "llama-server");
+    CHECK(program_name("ld-linux-x86-64", words{"/lib/ld-linux-x86-64.so.2", "--library-path", "/a:/b", "--argv0", "x",
+                                                "--inhibit-cache", "/opt/bin/llama-cli", "-m", "x"}) == "llama-cli");
+    CHECK(program_name("ld-linux-x86-64", words{"/lib/ld-linux-x86-64.so.2", "--help"}) == "ld-linux-x86-64");
+    CHECK(program_name("ld-linux-x86-64", words{}) == "ld-linux-x86-64");
+}
+
 } // namespace
 
 // LeakSanitizer asks this.
@@ -331,6 +340,7 @@ int main() {
     const fake_instance source;
     const instance_ticket ticket = register_instance();
     show_instance(ticket.id, &source);
+    test_program_names();
     test_requests(ticket.id);
     test_stream(source);
     test_crowds();
