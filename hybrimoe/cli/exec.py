@@ -54,13 +54,15 @@ def execute(settings: Settings, command: list[str]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     # Python ignores these, and a program inherits what is ignored.
-    for name in ("SIGPIPE", "SIGXFSZ"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_DFL)
+    names = [name for name in ("SIGPIPE", "SIGXFSZ") if hasattr(signal, name)]
+    before = {name: signal.signal(getattr(signal, name), signal.SIG_DFL) for name in names}
     try:
         os.execve(launch.path, launch.command, launch.environment(environment))
     except OSError as error:
         raise from_os_error(error, f"start '{launch.path}'", "try it without hybrimoe exec") from error
+    finally:  # it was not started: Python goes on, and a closed socket must not end it
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler)
 
 
 def _launch(settings: Settings, command: list[str], environment: dict[str, str]) -> Launch:

@@ -86,6 +86,13 @@ def test_a_program_ends_with_its_reader(spawn: Call, stand_in: Callable[..., str
     assert ignored & (1 << (signal.SIGPIPE - 1) | 1 << (signal.SIGXFSZ - 1)) == 0
 
 
+def test_what_could_not_be_started_changes_nothing_here(call: Call, stand_in: Callable[..., str], clean: Path) -> None:
+    script = Path(stand_in("start.sh"))
+    script.write_text("#!/does/not/exist\n")
+    assert call("exec", str(script)).code != 0
+    assert signal.getsignal(signal.SIGPIPE) is signal.SIG_IGN
+
+
 def test_settings_are_those_of_our_own_commands(printed: Started, stand_in: Callable[..., str], moe: str) -> None:
     server = stand_in("llama-server")
     config = printed(server, "-m", moe, "-b", "256", "-ub", "128")["config"]
