@@ -94,24 +94,21 @@ def test_off(run: Callable[..., Reply]) -> None:
 
 
 @pytest.mark.slow
-def test_whole_layers_at_the_end_and_back_on_trial(run: Callable[..., Reply]) -> None:
-    """At the lowest level as many whole layers as fit lie on the accelerator; after a pause it tries its luck again."""
-    cpu_only = run(uniform(500), 400, expert_cache=0, guard=False)
+def test_whole_layers_at_the_end(run: Callable[..., Reply]) -> None:
+    """At the lowest level as many whole layers as fit lie on the accelerator.
+
+    When it is left again depends on what refilling takes: native/tests/core/test_guard.cpp.
+    """
+    cpu_only = run(uniform(500), 100, expert_cache=0, guard=False)
     # By the estimate even whole layers are beaten by far, so that no machine stays at a higher level.
     impossible = {**LOSES, "costs": {"cpu_us": 0.02, "gpu_us": 0.005, "copy_us": 0.01}}
     got = run(uniform(500), 100, expert_cache=8, **impossible)
-    assert changes_of(got) == DOWN
+    way_down = [("full", "no-demand-copies"), *DOWN[2:]]  # there is no prefetch, so no level gives it up
+    assert changes_of(got) == way_down
     (device,) = got.facts["state"]["devices"]
     assert device["n_slots"] == [16, 0]
     assert set(got.facts["residency"]["0"]) == {0} and set(got.facts["residency"]["1"]) == {-1}
     assert all(np.array_equal(value, cpu_only.arrays[name]) for name, value in got.arrays.items())
-
-    longer = run(uniform(500), 400, expert_cache=8, **impossible)
-    steps = changes_of(longer)
-    assert steps[:4] == DOWN
-    assert steps[4] == ("static-layers", "frozen")
-    assert "on trial" in events(longer, "guard: static-layers -> frozen")[0]
-    assert all(np.array_equal(value, cpu_only.arrays[name]) for name, value in longer.arrays.items())
 
 
 def test_logits_do_not_depend_on_the_level(run: Callable[..., Reply]) -> None:
