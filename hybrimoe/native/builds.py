@@ -103,7 +103,7 @@ def build_plugin(llama_cpp: Path, on_share: Callable[[float], None] = lambda sha
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as scratch:
         include, build = Path(scratch) / "include", Path(scratch) / "build"
-        version = _version_of(headers, llama_cpp)
+        version = _version_of(headers)
         _collect_headers(headers, source / "third_party", version, include)
         compiler = _Compiler(cmake, build, folder / "build.log", on_share)
         compiler.configure(source, include)
@@ -167,10 +167,11 @@ def _find_headers(folder: Path) -> Path:
     )
 
 
-def _version_of(headers: Path, folder: Path) -> str:
+def _version_of(headers: Path) -> str:
     """A remark only. From 1.1 on ggml.h says it; else the build files do."""
     texts = [headers / "ggml.h", headers.parent / "CMakeLists.txt"]
-    texts += sorted(folder.glob("**/cmake/ggml/ggml-config-version.cmake"))[:1] if headers.name == "include" else []
+    for libraries in ("lib*/cmake", "lib*/*/cmake"):
+        texts += headers.parent.glob(f"{libraries}/ggml/ggml-config-version.cmake")
     for path in texts:
         text = path.read_text(errors="replace") if path.is_file() else ""
         numbers = [re.search(rf"GGML_VERSION_{part}\s+\(?(\d+)", text) for part in ("MAJOR", "MINOR", "PATCH")]
