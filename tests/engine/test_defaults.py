@@ -121,7 +121,7 @@ def test_flags_agree_with_the_engine() -> None:
 
     found = engine_options(settings)
     # 'hybrimoe top' may watch the program; a library counts nothing unless asked to.
-    assert found == EngineOptions(placement=found.placement, experts=found.experts, heat=True)
+    assert found == EngineOptions(placement=found.placement, experts=found.experts, observe=True)
     # Only commands keep residency; a library writes nothing unasked.
     assert replace(found.experts, state_dir=None) == ExpertOptions()
     assert sampling(settings) == Sampling()
