@@ -34,7 +34,7 @@ _LOADED = re.compile(r"^(lib|llama|mesa|zlib)(?!pam|apt|cap-ng|audit|debconf|sem
 _RUN = """#!/bin/sh
 # run PROGRAM [ARGUMENTS]: one of the unpacked programs, with the libraries that were unpacked beside it.
 here=$(cd "$(dirname "$0")" && pwd)
-program=$here/root/usr/bin/$1
+program=$here/files/usr/bin/$1
 shift
 exec "$here"/{loader} --library-path "{libraries}${{LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}}" "$program" "$@"
 """
@@ -93,7 +93,7 @@ class Apt:
 
 
 def unpack(folder: Path, packages: tuple[str, ...]) -> None:
-    """Fetches and unpacks into the new `folder`: root, modules, run."""
+    """Fetches and unpacks into the new `folder`: files, modules, run."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         apt = Apt(Path(scratch) / "apt", mirror())
         apt.run("update")
@@ -103,16 +103,16 @@ def unpack(folder: Path, packages: tuple[str, ...]) -> None:
         debs.mkdir()
         apt.run("download", *apt.needed(packages), cwd=debs)
         for deb in sorted(debs.glob("*.deb")):
-            subprocess.run(["dpkg-deb", "-x", str(deb), str(made / "root")], check=True)
-        for module in sorted((made / "root" / "usr" / "lib").glob("*/ggml/*/libggml-*.so")):
+            subprocess.run(["dpkg-deb", "-x", str(deb), str(made / "files")], check=True)
+        for module in sorted((made / "files" / "usr" / "lib").glob("*/ggml/*/libggml-*.so")):
             (made / "modules" / module.name).symlink_to(os.path.relpath(module, made / "modules"))
         _write_run(made)
         made.rename(folder)
 
 
 def _write_run(made: Path) -> None:
-    loaders = sorted((made / "root").glob("usr/lib*/**/ld-linux-*.so.*"))
-    libraries_of_llama = sorted((made / "root").glob("usr/lib/*/libllama.so.*"))
+    loaders = sorted((made / "files").glob("usr/lib*/**/ld-linux-*.so.*"))
+    libraries_of_llama = sorted((made / "files").glob("usr/lib/*/libllama.so.*"))
     if not loaders or not libraries_of_llama:
         fail("the packages do not hold what they did when this was written", "docs/hosts.md says what was tried")
     loader, library = loaders[0], libraries_of_llama[0]

@@ -115,7 +115,7 @@ def _options(settings: Settings, host: Host, models: Models) -> EngineOptions:
         )
     if len(shared) == 1 and host.program.kind is not None:
         options = with_best_threads(options, shared[0])
-    # The program's ggml has devices of its own: where they are others than ours, the plug-in measures them there.
+    # The program's ggml may have other devices than ours: then the plug-in measures them there.
     if has_accelerators(host, options.experts, own_accelerators()) and len(shared) == 1:
         options = with_starting_costs(options, shared[0])
     return options

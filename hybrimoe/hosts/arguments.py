@@ -76,7 +76,7 @@ class Arguments:
 
     @classmethod
     def read(cls, words: Sequence[str], grammar: Grammar, environment: Mapping[str, str]) -> Arguments:
-        """Words that belong to no flag are items of their own; the program will say what it thinks of them."""
+        """Words that belong to no flag become separate items; the program judges them."""
         items = []
         rest = list(words)
         while rest:
@@ -112,7 +112,7 @@ class Arguments:
         return None if name is None else self.environment[name]
 
     def spelling(self, flag: Flag) -> str:
-        """The flag or variable that the user gave, for messages; the flag's first name where there is none."""
+        """The flag or variable that the user gave, for messages; the flag's first name if neither was given."""
         typed = self.typed(flag)
         return typed[-1].flag if typed else self.variable(flag) or flag.names[0]
 
@@ -122,7 +122,7 @@ class Arguments:
         return bool(self.typed(flag)) or (name is not None and is_truthy(self.environment[name]))
 
     def number(self, flag: Flag, default: int) -> int:
-        """Raises UsageError for what is no whole number."""
+        """Raises UsageError for a value that is not an integer."""
         text = self.value(flag)
         if text is None:
             return default
@@ -130,7 +130,7 @@ class Arguments:
             return int(text)
         except ValueError:
             raise UsageError(
-                f"{self.spelling(flag)}: '{text}' is no whole number", "one number holds for the whole run"
+                f"{self.spelling(flag)}: '{text}' is not an integer", "one number holds for the whole run"
             ) from None
 
     def without(self, *flags: Flag) -> Arguments:

@@ -1,4 +1,4 @@
-"""What a llama.cpp program says of its own flags: releases differ, and its `--help` is never wrong about itself."""
+"""What a llama.cpp program says of its own flags: releases differ, and `--help` describes the one at hand."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def ask_devices(command: Sequence[str], environment: Mapping[str, str]) -> list[
 def _ask(command: Sequence[str], environment: Mapping[str, str]) -> tuple[str, int]:
     question = f"{command[-2]} {command[-1]}"
     try:
-        # A session of its own: what a wrapper has started ends with it.
+        # In a separate session, so that what a wrapper has started ends with it.
         child = subprocess.Popen(
             command, env=dict(environment), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, start_new_session=True,

@@ -59,7 +59,7 @@ class Launch:
 def make_launch(host: Host, models: Models, options: EngineOptions, plugin: Path) -> Launch:
     """The program with the plug-in. `models` are `shared_models`; `options` are `host_options` with costs and threads.
 
-    Raises UsageError for a HYBRIMOE_CONFIG that is no JSON object, and for settings that the plug-in cannot take.
+    Raises UsageError for a HYBRIMOE_CONFIG that is not a JSON object, and for settings that the plug-in cannot take.
     """
     changes: dict[str, str | None] = {
         BACKEND_PATH: str(plugin),
@@ -84,7 +84,7 @@ def make_launch(host: Host, models: Models, options: EngineOptions, plugin: Path
 
 
 def _plugin_settings(host: Host, models: Models, options: EngineOptions) -> dict[str, Any]:
-    """The plug-in's settings (native/include/hybrimoe.h). What a user gave in HYBRIMOE_CONFIG stays."""
+    """The plug-in's settings (docs/settings.md). What a user gave in HYBRIMOE_CONFIG stays."""
     experts = options.placed_experts()
     shared = models.with_experts
     if "mtp" in (host.arguments.value(flags.SPEC_TYPE) or ""):
@@ -105,9 +105,9 @@ def _users_settings(environment: Mapping[str, str]) -> dict[str, Any]:
     try:
         given = parse_json(text)
     except ValueError as error:
-        raise UsageError(f"{CONFIG} is no JSON: {error}", 'for example {"cpu_kernels": "avx2"}') from None
+        raise UsageError(f"{CONFIG} is not valid JSON: {error}", 'for example {"cpu_kernels": "avx2"}') from None
     if not isinstance(given, dict):
-        raise UsageError(f"{CONFIG} is no JSON object", 'for example {"cpu_kernels": "avx2"}')
+        raise UsageError(f"{CONFIG} is not a JSON object", 'for example {"cpu_kernels": "avx2"}')
     return given
 
 
@@ -167,7 +167,7 @@ def _taken_away(models: Models, arguments: Arguments) -> list[str]:
 
 
 def _in_every_set(value: str) -> str:
-    """llama-bench: sets of overrides, each a test of its own, are separated by commas, overrides by semicolons."""
+    """llama-bench: sets of overrides, each for a separate test, are separated by commas, overrides by semicolons."""
     return ",".join(f"{one.rstrip(';')};{OURS}" if one else OURS for one in value.split(","))
 
 

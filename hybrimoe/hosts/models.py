@@ -88,7 +88,7 @@ def _not_here(repo: str, file: str | None) -> ModelError:
 
 
 def _draft(arguments: Arguments, environment: Mapping[str, str]) -> GgufModel | None:
-    """A draft may be a head of a kind of its own, which only the program understands: then it is left to it."""
+    """A draft may be a special head that only the program understands: then it is left to the program."""
     repo, name = arguments.value(flags.DRAFT_HUB_REPO), arguments.value(flags.DRAFT_MODEL)
     path = cached_model(repo, None, environment) if repo else Path(name) if name else None
     try:

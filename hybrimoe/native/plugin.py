@@ -78,7 +78,7 @@ class Library:
         return _text(self._library.hybrimoe_ggml_version())
 
     def configure(self, **settings: Any) -> None:
-        """Set what backend instances made from now on use (keys: see `hybrimoe_configure` in hybrimoe.h).
+        """Set what backend instances made from now on use (keys: docs/settings.md).
 
         Raises PluginError for unknown keys and values; nothing is changed then.
         """
