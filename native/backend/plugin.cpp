@@ -1,8 +1,10 @@
-// The ggml backend: one device of type ACCEL with a host buffer type, found by any llama.cpp that loads this library.
+// The ggml backend: one device of type ACCEL with a host buffer type, found by any llama.cpp that loads this library,
+// and where they are wanted devices that wrap GPUs (graph_front/wrapper.h).
 // Read from the bottom: registry, device, backend, buffer type.
 #include "claim.h"
 #include "counters.h"
 #include "dispatch.h"
+#include "graph_front/wrapper.h"
 #include "hybrimoe.h"
 #include "json_text.h"
 #include "observer/host.h"
@@ -30,7 +32,7 @@ namespace hybrimoe {
 
 namespace {
 
-constexpr const char * backend_name = "HybriMoE";
+constexpr const char * backend_name = plugin_registry_name;
 
 ggml_backend_reg_t registry();
 ggml_backend_dev_t device();
@@ -189,11 +191,17 @@ ggml_guid_t backend_guid() {
 }
 
 void backend_set_n_threads(ggml_backend_t backend, int n_threads) {
+    if (set_graph_threads(backend, n_threads)) {
+        return;
+    }
     state_of(backend).dispatch.set_n_threads(n_threads);
     state_of(backend).idle.on_graph_announced(state_of(backend).may_log); // llama.cpp sets it before each graph
 }
 
 void backend_set_abort_callback(ggml_backend_t backend, ggml_abort_callback callback, void * data) {
+    if (set_graph_abort_callback(backend, callback, data)) {
+        return;
+    }
     state_of(backend).dispatch.set_abort_callback(callback, data);
 }
 
@@ -288,11 +296,11 @@ const char * registry_get_name(ggml_backend_reg_t) {
 }
 
 size_t registry_get_device_count(ggml_backend_reg_t) {
-    return 1;
+    return 1 + n_graph_devices();
 }
 
-ggml_backend_dev_t registry_get_device(ggml_backend_reg_t, size_t) {
-    return device();
+ggml_backend_dev_t registry_get_device(ggml_backend_reg_t, size_t index) {
+    return index == 0 ? device() : graph_device(index - 1);
 }
 
 void * registry_get_proc_address(ggml_backend_reg_t, const char * name) {
@@ -351,6 +359,7 @@ ggml_backend_reg_t ggml_backend_init(void) {
         return nullptr;
     }
     if (mismatch == nullptr) {
+        make_wrappers(registry());
         return registry();
     }
     if (other.init != nullptr) {

@@ -1,5 +1,6 @@
 #include "accelerator/device_port.h"
 
+#include <cstring>
 #include <iterator>
 #include <stdexcept>
 
@@ -117,6 +118,11 @@ std::vector<ggml_backend_dev_t> choose_devices(const settings & config) {
         for (size_t i = 0; i < ggml_backend_dev_count(); i++) {
             ggml_backend_dev_t device = ggml_backend_dev_get(i);
             const auto type           = ggml_backend_dev_type(device);
+            const bool is_ours        = std::strcmp(ggml_backend_reg_name(ggml_backend_dev_backend_reg(device)),
+                                                    plugin_registry_name) == 0; // it wraps another one
+            if (is_ours) {
+                continue;
+            }
             if (type == GGML_BACKEND_DEVICE_TYPE_GPU || type == GGML_BACKEND_DEVICE_TYPE_IGPU) {
                 chosen.push_back(device);
             }

@@ -83,6 +83,9 @@ private:
     backend_ptr copies_;
 };
 
+// ggml's name of the plug-in's registry and of its first device.
+constexpr const char * plugin_registry_name = "HybriMoE";
+
 // The accelerators that the settings name. Throws std::invalid_argument for a name that ggml does not have.
 std::vector<ggml_backend_dev_t> choose_devices(const settings & config);
 
