@@ -57,6 +57,7 @@ class Model:
         import llama_cpp
 
         self.path = Path(path)
+        self.front = front
         self._log = _quiet_log()
         if backends:
             from hybrimoe.native.backend_modules import load_backend_modules
@@ -162,8 +163,13 @@ class Context:
         self.handle = llama_cpp.llama_init_from_model(model.handle, params)
         if not self.handle:
             raise ForwardError(f"cannot make a context: {_last_error(model._log)}")
-        self.instance = model.plugin.last_instance() if model.plugin else 0
+        self._instance = model.plugin.last_instance() if model.plugin and model.front == "block" else 0
         self._batch = llama_cpp.llama_batch_init(n_batch, 0, 1)
+
+    @property
+    def instance(self) -> int:
+        """The plug-in's; where it takes whole graphs there is one once something was computed, for all contexts."""
+        return self._instance or (self.model.plugin.last_instance() if self.model.plugin else 0)
 
     def compute(self, tokens: Sequence[int], position: int, *, sequence: int = 0, last_only: bool = False) -> None:
         """One llama_decode of `tokens` at `position`; logits of all tokens are kept, or of the last one only."""

@@ -25,16 +25,17 @@ struct graph_input {
     const void * same_as = nullptr; // host copy of the same rows, to be copied instead of downloaded again
 };
 
-// A block of a graph whose tensors lie on a device, with host copies of what it reads: of x and of what the router said.
+// A block of a graph whose tensors lie on a device, with host copies of what it reads: of x and of what the router
+// said.
 struct remote_block {
-    const moe_block * block             = nullptr;
-    const described_block * described   = nullptr; // with host copies of small weights
-    const float * x                     = nullptr; // [n_embd, n_tokens], or a row for each pair
-    size_t x_token_bytes                = 0;
-    int32_t * ids                       = nullptr; // [top_k, n_tokens]; a route trace may replace them
-    const float * weights               = nullptr; // [top_k, n_tokens]
-    const float * scores                = nullptr; // [n_expert, n_tokens]; null: not known
-    device_rows there;                             // x where it was computed
+    const moe_block * block           = nullptr;
+    const described_block * described = nullptr; // with host copies of small weights
+    const float * x                   = nullptr; // [n_embd, n_tokens], or a row for each pair
+    size_t x_token_bytes              = 0;
+    int32_t * ids                     = nullptr; // [top_k, n_tokens]; a route trace may replace them
+    const float * weights             = nullptr; // [top_k, n_tokens]
+    const float * scores              = nullptr; // [n_expert, n_tokens]; null: not known
+    device_rows there;                           // x where it was computed
 };
 
 class dispatcher : public cpu_timer, public instance_view {

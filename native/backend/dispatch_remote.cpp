@@ -114,11 +114,11 @@ ggml_status dispatcher::compute_pairs(const remote_block & one, const uint8_t * 
 }
 
 ggml_status dispatcher::compute_remote(const remote_block & one, const remote_shares & shares, float * y) {
-    const bool in_graph      = shares.slots != nullptr;
-    layer_counters & counts  = counters_->layer(one.block->layer);
-    const uint64_t begin     = now_ns();
-    const bool has_device    = is_shared_ && shares.cpu != nullptr && !in_graph;
-    ggml_status status       = compute_pairs(one, shares.cpu, !in_graph, y, false);
+    const bool in_graph     = shares.slots != nullptr;
+    layer_counters & counts = counters_->layer(one.block->layer);
+    const uint64_t begin    = now_ns();
+    const bool has_device   = is_shared_ && shares.cpu != nullptr && !in_graph;
+    ggml_status status      = compute_pairs(one, shares.cpu, !in_graph, y, false);
     add(counts.experts_ns, now_ns() - begin);
     if (!has_device) {
         return status;

@@ -95,20 +95,34 @@ long process_id() {
 #endif
 }
 
-struct backend_state {
-    explicit backend_state(instance_ticket ticket)
+struct block_instance {
+    explicit block_instance(instance_ticket ticket)
         : id(ticket.id), dispatch(current_settings(), std::move(ticket.data)) {
         show_instance(id, &dispatch);
     }
-    ~backend_state() { forget_instance(id); }
+    ~block_instance() { forget_instance(id); }
 
-    uint64_t id;
+    const uint64_t id;
+    dispatcher dispatch;
+};
+
+struct backend_state {
+    dispatcher & dispatch() {
+        if (made == nullptr) {
+            made = std::make_unique<block_instance>(register_instance());
+        }
+        return made->dispatch;
+    }
+
     const long process = process_id();
     const bool may_log = current_settings().log_to_stderr;
     idleness idle;
-    dispatcher dispatch;
+    std::unique_ptr<block_instance> made;
     // Inputs that are on their way to host memory: one wait for each backend they come from when the graph begins.
     std::vector<graph_input> inputs;
+    int n_threads             = GGML_DEFAULT_N_THREADS;
+    ggml_abort_callback abort = nullptr;
+    void * abort_data         = nullptr;
 };
 
 backend_state & state_of(ggml_backend_t backend) {
@@ -150,7 +164,9 @@ ggml_status backend_graph_compute(ggml_backend_t backend, ggml_cgraph * graph) {
     std::vector<graph_input> inputs;
     inputs.swap(state.inputs);
     try {
-        return state.dispatch.compute(graph, inputs);
+        state.dispatch().set_n_threads(state.n_threads);
+        state.dispatch().set_abort_callback(state.abort, state.abort_data);
+        return state.dispatch().compute(graph, inputs);
     } catch (const std::bad_alloc &) {
         return GGML_STATUS_ALLOC_FAILED;
     } catch (const std::exception & error) {
@@ -194,7 +210,7 @@ void backend_set_n_threads(ggml_backend_t backend, int n_threads) {
     if (set_graph_threads(backend, n_threads)) {
         return;
     }
-    state_of(backend).dispatch.set_n_threads(n_threads);
+    state_of(backend).n_threads = n_threads;
     state_of(backend).idle.on_graph_announced(state_of(backend).may_log); // llama.cpp sets it before each graph
 }
 
@@ -202,7 +218,8 @@ void backend_set_abort_callback(ggml_backend_t backend, ggml_abort_callback call
     if (set_graph_abort_callback(backend, callback, data)) {
         return;
     }
-    state_of(backend).dispatch.set_abort_callback(callback, data);
+    state_of(backend).abort      = callback;
+    state_of(backend).abort_data = data;
 }
 
 // --- device
@@ -237,7 +254,11 @@ void device_get_props(ggml_backend_dev_t dev, ggml_backend_dev_props * props) {
 ggml_backend_t device_init_backend(ggml_backend_dev_t dev, const char *) {
     try {
         start_observer();
-        auto state                   = std::make_unique<backend_state>(register_instance());
+        auto state = std::make_unique<backend_state>();
+        // Every context gets an instance of every device. Where graphs are taken whole, most never see a block.
+        if (n_graph_devices() == 0) {
+            state->dispatch();
+        }
         auto made                    = std::make_unique<tables::backend>();
         made->guid                   = backend_guid();
         made->iface.get_name         = backend_get_name;

@@ -361,7 +361,8 @@ SCENARIOS: dict[str, Callable[..., tuple[Arrays, Facts]]] = {
 def answer(request: dict[str, Any], plugin: bool, folder: Path, number: int) -> dict[str, Any]:
     scenario = SCENARIOS[request.pop("scenario")]
     options = {"repack": request.pop("repack", False)}
-    options |= {name: request.pop(name) for name in ("mmap", "settings", "backends", "n_gpu_layers") if name in request}
+    of_model = ("mmap", "settings", "backends", "n_gpu_layers", "front")
+    options |= {name: request.pop(name) for name in of_model if name in request}
     try:
         with Model(request.pop("model"), plugin=plugin, **options) as model:
             arrays, facts = scenario(model, **request)

@@ -60,6 +60,7 @@ std::shared_ptr<expert_core> expert_core::find(ggml_backend_dev_t inner, const v
         found->experts.insert(experts);
         cores.all.push_back(found);
     }
+    set_last_instance_of_thread(found->id);
     return found;
 }
 

@@ -70,7 +70,8 @@ void read_block(ggml_tensor ** nodes, int n_nodes, small_weights & small, expert
     if (!std::all_of(cut.products.begin(), cut.products.end(), in_block)) {
         return;
     }
-    std::optional<described_block> described = describe(nodes, cut.block, kernel_executor::external_of, nullptr, &small);
+    std::optional<described_block> described =
+        describe(nodes, cut.block, kernel_executor::external_of, nullptr, &small);
     if (!described || !ggml_is_contiguous(described->y)) {
         return;
     }
@@ -87,9 +88,8 @@ void read_block(ggml_tensor ** nodes, int n_nodes, small_weights & small, expert
         moe_block routed = cut.block;
         routed.begin     = router;
         cut.scores       = find_scores(nodes, routed);
-        if (cut.scores.tensor != nullptr && is_overwritten(nodes, cut.scores.node, cut.block.experts)) {
-            cut.scores = {};
-        }
+        cut.scores_are_kept =
+            cut.scores.tensor == nullptr || !is_overwritten(nodes, cut.scores.node, cut.block.experts);
     }
 }
 

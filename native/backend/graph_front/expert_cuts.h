@@ -14,14 +14,15 @@ namespace hybrimoe {
 
 // Products of one layer that use the same ids.
 struct expert_cut {
-    std::vector<int> products;   // nodes, MUL_MAT_ID
-    moe_block block;             // of the graph's nodes; `begin` is that of the first product
-    bool is_block = false;       // ... and it is one
-    bool has_rows = true;        // false: a micro-batch's last layer without outputs
+    std::vector<int> products; // nodes, MUL_MAT_ID
+    moe_block block;           // of the graph's nodes; `begin` is that of the first product
+    bool is_block = false;     // ... and it is one
+    bool has_rows = true;      // false: a micro-batch's last layer without outputs
     // The whole MoE block in the terms of the kernels; without it each product is computed alone.
     std::optional<described_block> described;
     int sum = -1;                // with it: the node that holds the block's result
-    router_scores scores;        // with it: null when its memory is reused before the first product
+    router_scores scores;        // with it: null when the router runs elsewhere
+    bool scores_are_kept = true; // whether their memory is not reused before the first product
 };
 
 // Whether a tensor is one of a model's experts in our host memory.

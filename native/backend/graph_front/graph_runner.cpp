@@ -71,10 +71,10 @@ void graph_runner::set_abort_callback(ggml_abort_callback callback, void * data)
 // the graph
 
 ggml_status graph_runner::compute(ggml_cgraph * graph) {
-    graph_             = graph;
-    nodes_             = ggml_graph_nodes(graph);
-    at_                = 0;
-    first_             = nullptr;
+    graph_ = graph;
+    nodes_ = ggml_graph_nodes(graph);
+    at_    = 0;
+    ours_.clear();
     const int n_nodes  = ggml_graph_n_nodes(graph);
     const auto product = std::find_if(nodes_, nodes_ + n_nodes, is_cut_product);
     if (product == nodes_ + n_nodes) {
@@ -118,13 +118,13 @@ ggml_status graph_runner::compute(ggml_cgraph * graph) {
 }
 
 ggml_status graph_runner::run_to(int end) {
-    if (at_ == end && first_ == nullptr) {
+    if (at_ == end && ours_.empty()) {
         return GGML_STATUS_SUCCESS;
     }
-    ggml_cgraph * slice = slice_.make(graph_, at_, end, first_, salt_);
+    ggml_cgraph * slice = slice_.make(graph_, at_, end, ours_, salt_);
     at_                 = end;
-    first_              = nullptr;
     salt_               = 0;
+    ours_.clear();
     return ggml_backend_graph_compute_async(inner_.get(), slice);
 }
 
@@ -157,10 +157,9 @@ ggml_status graph_runner::run_cut(const expert_cut & cut) {
 // a MoE block
 
 // Everything that the host needs is queued behind the router, and waited for once.
-remote_block graph_runner::fetch(const expert_cut & cut) {
+remote_block graph_runner::fetch(const expert_cut & cut, const ggml_tensor * scores) {
     const described_block & described = *cut.described;
-    const ggml_tensor * parts[]       = {cut.block.ids, described.x, described.weights, cut.scores.tensor};
-    const bool wants_scores           = core_->dispatch.wants_scores();
+    const ggml_tensor * parts[]       = {cut.block.ids, described.x, described.weights, scores};
     size_t n_bytes                    = 0;
     for (const ggml_tensor * part : parts) {
         n_bytes += part == nullptr ? 0 : pinned::padded(ggml_nbytes(part));
@@ -168,7 +167,7 @@ remote_block graph_runner::fetch(const expert_cut & cut) {
     down_.reserve(device_, n_bytes);
     const char * came[4] = {};
     for (size_t i = 0; i < 4; i++) {
-        if (parts[i] == nullptr || (i == 3 && !wants_scores)) {
+        if (parts[i] == nullptr) {
             continue;
         }
         char * to = down_.take(ggml_nbytes(parts[i]));
@@ -203,11 +202,12 @@ remote_block graph_runner::fetch(const expert_cut & cut) {
 }
 
 ggml_status graph_runner::run_block(const expert_cut & cut) {
-    ggml_status status = run_to(cut.products.front());
+    const ggml_tensor * scores = core_->dispatch.wants_scores() ? keep_scores(cut) : nullptr;
+    ggml_status status         = run_to(cut.products.front());
     if (status != GGML_STATUS_SUCCESS) {
         return status;
     }
-    const remote_block one    = fetch(cut);
+    const remote_block one    = fetch(cut, scores);
     const bool may_share      = cut.block.n_tokens() <= most_graph_tokens && reserve_device(cut);
     const auto shares         = core_->dispatch.begin_remote(one, may_share);
     const size_t result_bytes = static_cast<size_t>(cut.described->layer.n_embd * cut.block.n_tokens()) * sizeof(float);
@@ -265,24 +265,19 @@ bool graph_runner::reserve_device(const expert_cut & cut) {
     }
     ggml_backend_buffer_type_t type = ggml_backend_dev_buffer_type(device_);
     const size_t alignment          = ggml_backend_buft_get_alignment(type);
-    ids_bytes_ = (std::max(ids_bytes, ids_bytes_) + alignment - 1) / alignment * alignment;
-    sum_bytes_ = std::max(sum_bytes, sum_bytes_);
-    added_.clear();
+    ids_bytes_                      = (std::max(ids_bytes, ids_bytes_) + alignment - 1) / alignment * alignment;
+    sum_bytes_                      = std::max(sum_bytes, sum_bytes_);
+    for (auto & [layer, nodes] : added_) {
+        nodes.cpu_sum = nodes.add = nullptr;
+    }
     device_memory_.reset(); // the device is idle: fetch() has waited
     device_memory_.reset(ggml_backend_buft_alloc_buffer(type, ids_bytes_ + sum_bytes_));
     if (device_memory_ == nullptr) {
         ids_bytes_ = sum_bytes_ = 0;
         return false;
     }
-    ggml_init_params params{};
-    params.mem_size = ggml_tensor_overhead();
-    params.no_alloc = true;
-    contexts_.emplace_back(ggml_init(params));
-    if (contexts_.back() == nullptr) {
-        throw std::bad_alloc();
-    }
-    slot_ids_ = ggml_new_tensor_2d(contexts_.back().get(), GGML_TYPE_I32, 1, 1);
-    ggml_set_name(slot_ids_, "hybrimoe_slots");
+    slot_ids_       = make_node("hybrimoe_slots", GGML_OP_NONE);
+    slot_ids_->type = GGML_TYPE_I32;
     ggml_backend_tensor_alloc(device_memory_.get(), slot_ids_, ggml_backend_buffer_get_base(device_memory_.get()));
     return true;
 }
@@ -321,24 +316,60 @@ bool graph_runner::use_slots(const expert_cut & cut, const remote_block & one,
     return true;
 }
 
+// Where the block's scores can be fetched in front of its products: a node of ours copies them where llama.cpp's graph
+// uses their memory again.
+const ggml_tensor * graph_runner::keep_scores(const expert_cut & cut) {
+    if (cut.scores.tensor == nullptr || cut.scores_are_kept || cut.scores.node < at_) {
+        return cut.scores_are_kept ? cut.scores.tensor : nullptr;
+    }
+    const ggml_tensor * from = cut.scores.tensor;
+    const size_t n_bytes     = ggml_nbytes(from);
+    if (scores_memory_ == nullptr || ggml_backend_buffer_get_size(scores_memory_.get()) < n_bytes) {
+        ggml_backend_synchronize(inner_.get());
+        scores_memory_.reset();
+        scores_memory_.reset(ggml_backend_buft_alloc_buffer(ggml_backend_dev_buffer_type(device_), n_bytes));
+        for (auto & [layer, nodes] : added_) {
+            nodes.scores = nullptr;
+        }
+        if (scores_memory_ == nullptr) {
+            return nullptr; // policies do without
+        }
+    }
+    layer_nodes & nodes = added_[cut.block.layer];
+    if (nodes.scores == nullptr) {
+        nodes.scores = make_node("hybrimoe_scores", GGML_OP_CONT);
+        ggml_backend_tensor_alloc(scores_memory_.get(), nodes.scores,
+                                  ggml_backend_buffer_get_base(scores_memory_.get()));
+    }
+    std::copy(from->ne, from->ne + GGML_MAX_DIMS, nodes.scores->ne);
+    std::copy(from->nb, from->nb + GGML_MAX_DIMS, nodes.scores->nb);
+    nodes.scores->src[0] = const_cast<ggml_tensor *>(from);
+    ours_.push_back({cut.scores.node + 1, nodes.scores});
+    return nodes.scores;
+}
+
+ggml_tensor * graph_runner::make_node(const char * name, ggml_op op) {
+    ggml_init_params params{};
+    params.mem_size = ggml_tensor_overhead();
+    params.no_alloc = true;
+    contexts_.emplace_back(ggml_init(params));
+    if (contexts_.back() == nullptr) {
+        throw std::bad_alloc();
+    }
+    ggml_tensor * made = ggml_new_tensor_1d(contexts_.back().get(), GGML_TYPE_F32, 1);
+    made->op           = op;
+    made->flags |= GGML_TENSOR_FLAG_COMPUTE;
+    ggml_set_name(made, name);
+    return made;
+}
+
 void graph_runner::add_on_device(int layer, ggml_tensor * y, const float * cpu_sum) {
     layer_nodes & nodes = added_[layer];
     if (nodes.add == nullptr) {
-        ggml_init_params params{};
-        params.mem_size = 2 * ggml_tensor_overhead();
-        params.no_alloc = true;
-        contexts_.emplace_back(ggml_init(params));
-        if (contexts_.back() == nullptr) {
-            throw std::bad_alloc();
-        }
-        nodes.cpu_sum = ggml_new_tensor_1d(contexts_.back().get(), GGML_TYPE_F32, 1);
-        nodes.add     = ggml_new_tensor_1d(contexts_.back().get(), GGML_TYPE_F32, 1);
-        ggml_set_name(nodes.cpu_sum, "hybrimoe_cpu_sum");
-        ggml_set_name(nodes.add, "hybrimoe_add");
-        auto * base = static_cast<char *>(ggml_backend_buffer_get_base(device_memory_.get()));
+        nodes.cpu_sum = make_node("hybrimoe_cpu_sum", GGML_OP_NONE);
+        nodes.add     = make_node("hybrimoe_add", GGML_OP_ADD);
+        auto * base   = static_cast<char *>(ggml_backend_buffer_get_base(device_memory_.get()));
         ggml_backend_tensor_alloc(device_memory_.get(), nodes.cpu_sum, base + ids_bytes_);
-        nodes.add->op = GGML_OP_ADD;
-        nodes.add->flags |= GGML_TENSOR_FLAG_COMPUTE;
         nodes.add->src[1] = nodes.cpu_sum;
     }
     for (ggml_tensor * one : {nodes.cpu_sum, nodes.add}) {
@@ -351,7 +382,7 @@ void graph_runner::add_on_device(int layer, ggml_tensor * y, const float * cpu_s
     nodes.add->view_src  = y->view_src != nullptr ? y->view_src : y;
     nodes.add->view_offs = y->view_offs;
     ggml_backend_tensor_set_async(inner_.get(), nodes.cpu_sum, cpu_sum, 0, ggml_nbytes(y));
-    first_ = nodes.add;
+    ours_.push_back({at_, nodes.add});
 }
 
 // ---------------------------------------------------------------------------------------------------------------

@@ -46,9 +46,9 @@ private:
 
     private:
         buffer_ptr buffer_;
-        char * base_   = nullptr;
-        size_t size_   = 0;
-        size_t used_   = 0;
+        char * base_ = nullptr;
+        size_t size_ = 0;
+        size_t used_ = 0;
     };
     struct replaced {
         ggml_tensor * node;
@@ -59,18 +59,22 @@ private:
     struct layer_nodes {
         ggml_tensor * cpu_sum = nullptr; // what the CPU computed of y
         ggml_tensor * add     = nullptr; // y += cpu_sum
+        ggml_tensor * scores  = nullptr; // copied before their memory is used again
     };
 
     ggml_status run_to(int end);
     ggml_status run_cut(const expert_cut & cut);
     ggml_status run_block(const expert_cut & cut);
-    ggml_status run_in_graph(const expert_cut & cut, const remote_block & one, const dispatcher::remote_shares & shares);
+    ggml_status run_in_graph(const expert_cut & cut, const remote_block & one,
+                             const dispatcher::remote_shares & shares);
     ggml_status run_on_host(const expert_cut & cut, const remote_block & one, dispatcher::remote_shares shares);
     ggml_status run_products(const expert_cut & cut);
     ggml_status run_product(ggml_tensor * node);
-    remote_block fetch(const expert_cut & cut);
+    remote_block fetch(const expert_cut & cut, const ggml_tensor * scores);
+    ggml_tensor * make_node(const char * name, ggml_op op);
     bool reserve_device(const expert_cut & cut);
     bool use_slots(const expert_cut & cut, const remote_block & one, const dispatcher::remote_shares & shares);
+    const ggml_tensor * keep_scores(const expert_cut & cut);
     void add_on_device(int layer, ggml_tensor * y, const float * cpu_sum);
     void put_back();
 
@@ -85,9 +89,9 @@ private:
     // The graph at hand.
     ggml_cgraph * graph_  = nullptr;
     ggml_tensor ** nodes_ = nullptr;
-    int at_               = 0;       // what comes before has been queued
-    ggml_tensor * first_  = nullptr; // of ours, in front of what comes next
-    uint64_t salt_        = 0;
+    int at_               = 0;                 // what comes before has been queued
+    std::vector<graph_slice::insertion> ours_; // nodes among those that come next
+    uint64_t salt_ = 0;
     std::vector<replaced> replaced_;
     graph_slice slice_;
     // Cuts of the last graph: llama.cpp uses a graph again and again.
@@ -99,6 +103,7 @@ private:
     ggml_tensor * slot_ids_ = nullptr;           // [top_k, n_tokens] int32, of the step at hand
     buffer_ptr device_memory_;                   // slot ids, then cpu_sum
     size_t ids_bytes_ = 0, sum_bytes_ = 0;
+    buffer_ptr scores_memory_;
     pinned down_, up_;
 
     // The block at hand, as it came down.

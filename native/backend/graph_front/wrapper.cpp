@@ -10,7 +10,6 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <cstring>
 #include <exception>
 #include <memory>
 #include <string>
@@ -312,8 +311,8 @@ void wrapper_props(ggml_backend_dev_t dev, ggml_backend_dev_props * props) {
     props->description = wrapper_description(dev);
     props->type        = wrapper_type(dev);
     // Where it is cut, a graph is queued only up to its last cut; and what else is offered has no function of ours.
-    const bool host_buffer = props->caps.host_buffer;
-    props->caps            = {};
+    const bool host_buffer  = props->caps.host_buffer;
+    props->caps             = {};
     props->caps.host_buffer = host_buffer;
 }
 
@@ -324,23 +323,23 @@ ggml_backend_t wrapper_init(ggml_backend_dev_t dev, const char * params) {
             return nullptr;
         }
         start_observer();
-        auto state                        = std::make_unique<graph_state>(inner);
-        state->name                       = of(dev).name;
+        auto state                            = std::make_unique<graph_state>(inner);
+        state->name                           = of(dev).name;
         const tables::backend_functions & has = tables::of(inner)->iface;
-        auto backend                      = std::make_unique<tables::backend>();
-        backend->guid                     = graph_guid();
-        backend->iface.get_name           = graph_name;
-        backend->iface.free               = graph_free;
-        backend->iface.set_tensor_async   = has.set_tensor_async != nullptr ? set_async : nullptr;
-        backend->iface.get_tensor_async   = has.get_tensor_async != nullptr ? get_async : nullptr;
-        backend->iface.cpy_tensor_async   = copy_async;
-        backend->iface.synchronize        = has.synchronize != nullptr ? synchronize : nullptr;
-        backend->iface.graph_compute      = graph_compute;
-        backend->iface.event_record       = has.event_record != nullptr ? event_record : nullptr;
-        backend->iface.event_wait         = has.event_wait != nullptr ? event_wait : nullptr;
-        backend->iface.graph_optimize     = has.graph_optimize != nullptr ? graph_optimize : nullptr;
-        backend->device                   = dev;
-        backend->context                  = state.release();
+        auto backend                          = std::make_unique<tables::backend>();
+        backend->guid                         = graph_guid();
+        backend->iface.get_name               = graph_name;
+        backend->iface.free                   = graph_free;
+        backend->iface.set_tensor_async       = has.set_tensor_async != nullptr ? set_async : nullptr;
+        backend->iface.get_tensor_async       = has.get_tensor_async != nullptr ? get_async : nullptr;
+        backend->iface.cpy_tensor_async       = copy_async;
+        backend->iface.synchronize            = has.synchronize != nullptr ? synchronize : nullptr;
+        backend->iface.graph_compute          = graph_compute;
+        backend->iface.event_record           = has.event_record != nullptr ? event_record : nullptr;
+        backend->iface.event_wait             = has.event_wait != nullptr ? event_wait : nullptr;
+        backend->iface.graph_optimize         = has.graph_optimize != nullptr ? graph_optimize : nullptr;
+        backend->device                       = dev;
+        backend->context                      = state.release();
         return reinterpret_cast<ggml_backend_t>(backend.release());
     } catch (const std::exception & error) {
         std::fprintf(stderr, "HybriMoE: %s\n", error.what());
@@ -390,34 +389,11 @@ void wrapper_event_synchronize(ggml_backend_dev_t, ggml_backend_event_t event) {
 
 // --- which devices get one
 
-bool is_remote_device(ggml_backend_dev_t device) {
-    return std::strcmp(ggml_backend_reg_name(ggml_backend_dev_backend_reg(device)), "RPC") == 0;
-}
-
+// A device that is named twice has one wrapper.
 std::vector<ggml_backend_dev_t> devices_to_wrap(const settings & config) {
     std::vector<ggml_backend_dev_t> chosen;
-    if (!config.all_devices) {
-        for (const std::string & name : config.devices) {
-            ggml_backend_dev_t device = ggml_backend_dev_by_name(name.c_str());
-            if (device == nullptr) {
-                std::fprintf(stderr, "HybriMoE: ggml has no device \"%s\"\n", name.c_str());
-            } else if (std::find(chosen.begin(), chosen.end(), device) == chosen.end()) {
-                chosen.push_back(device);
-            }
-        }
-        return chosen;
-    }
-    std::vector<std::string> ids; // the same card may come under two names
-    for (size_t i = 0; i < ggml_backend_dev_count(); i++) {
-        ggml_backend_dev_t device = ggml_backend_dev_get(i);
-        if (ggml_backend_dev_type(device) != GGML_BACKEND_DEVICE_TYPE_GPU || is_remote_device(device)) {
-            continue;
-        }
-        ggml_backend_dev_props props{};
-        ggml_backend_dev_get_props(device, &props);
-        const std::string id = props.device_id == nullptr ? "" : props.device_id;
-        if (id.empty() || std::find(ids.begin(), ids.end(), id) == ids.end()) {
-            ids.push_back(id);
+    for (ggml_backend_dev_t device : choose_devices(config)) {
+        if (std::find(chosen.begin(), chosen.end(), device) == chosen.end()) {
             chosen.push_back(device);
         }
     }
@@ -425,18 +401,18 @@ std::vector<ggml_backend_dev_t> devices_to_wrap(const settings & config) {
 }
 
 void fill_experts_device(ggml_backend_reg_t registry) {
-    tables::device & device            = made().experts_device;
-    device.iface.get_name              = experts_device_name;
-    device.iface.get_description       = experts_description;
-    device.iface.get_memory            = no_memory;
-    device.iface.get_type              = experts_type;
-    device.iface.get_props             = experts_props;
-    device.iface.init_backend          = experts_init;
-    device.iface.get_buffer_type       = experts_buffer_type;
-    device.iface.buffer_from_host_ptr  = experts_from_host;
-    device.iface.supports_op           = supports_nothing;
-    device.iface.supports_buft         = supports_experts;
-    device.reg                         = registry;
+    tables::device & device           = made().experts_device;
+    device.iface.get_name             = experts_device_name;
+    device.iface.get_description      = experts_description;
+    device.iface.get_memory           = no_memory;
+    device.iface.get_type             = experts_type;
+    device.iface.get_props            = experts_props;
+    device.iface.init_backend         = experts_init;
+    device.iface.get_buffer_type      = experts_buffer_type;
+    device.iface.buffer_from_host_ptr = experts_from_host;
+    device.iface.supports_op          = supports_nothing;
+    device.iface.supports_buft        = supports_experts;
+    device.reg                        = registry;
     made().experts.fill([&](auto & type) {
         type.iface.get_name      = experts_type_name;
         type.iface.alloc_buffer  = experts_alloc;
@@ -447,8 +423,8 @@ void fill_experts_device(ggml_backend_reg_t registry) {
 }
 
 void fill_wrapper(wrapper & one, ggml_backend_reg_t registry) {
-    one.name        = std::string(plugin_registry_name) + "_" + ggml_backend_dev_name(one.inner);
-    one.description = ggml_backend_dev_description(one.inner);
+    one.name                          = std::string(plugin_registry_name) + "_" + ggml_backend_dev_name(one.inner);
+    one.description                   = ggml_backend_dev_description(one.inner);
     tables::device & device           = one.device;
     device.iface.get_name             = wrapper_name;
     device.iface.get_description      = wrapper_description;
@@ -489,11 +465,16 @@ void make_wrappers(ggml_backend_reg_t registry) {
         std::fprintf(stderr, "HybriMoE: no device takes whole graphs: %s\n", problem.c_str());
         return;
     }
-    for (ggml_backend_dev_t inner : devices_to_wrap(config)) {
-        auto one   = std::make_unique<wrapper>();
-        one->inner = inner;
-        fill_wrapper(*one, registry);
-        made().all.push_back(std::move(one));
+    try {
+        for (ggml_backend_dev_t inner : devices_to_wrap(config)) {
+            auto one   = std::make_unique<wrapper>();
+            one->inner = inner;
+            fill_wrapper(*one, registry);
+            made().all.push_back(std::move(one));
+        }
+    } catch (const std::exception & error) {
+        std::fprintf(stderr, "HybriMoE: no device takes whole graphs: %s\n", error.what());
+        made().all.clear();
     }
     if (!made().all.empty()) {
         fill_experts_device(registry);

@@ -124,8 +124,8 @@ void fleet::allocate(accelerator & device, std::vector<int> & slots) {
     for (int layer = 0; layer < shared_.book.n_layers(); layer++) {
         int & n = slots[static_cast<size_t>(layer)];
         n       = std::min(n, most);
-        while (n > 0 && !device.of_layer(layer).allocate(device.port, shared_.book.layer(layer).layout, n,
-                                                          shared_.in_graph())) {
+        while (n > 0 &&
+               !device.of_layer(layer).allocate(device.port, shared_.book.layer(layer).layout, n, shared_.in_graph())) {
             n    = shared_.config.reproducible ? 0 : n / 2; // half a layer is no fixed placement
             most = n;
             if (!told) {

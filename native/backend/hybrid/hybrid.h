@@ -70,9 +70,7 @@ public:
     void end_block();
 
     // The layer of a block, whether or not it is shared; null for experts that cannot be moved, and until it was met.
-    const known_layer * find_layer(const described_block & described) const {
-        return shared_.book.find(described);
-    }
+    const known_layer * find_layer(const described_block & described) const { return shared_.book.find(described); }
     const expert_layout & layout() const { return shared_.book.layer(step_.layer()).layout; }
     const routed_pairs & pairs() const { return step_.pairs(); }
     // Whether the block at hand was planned, so that the two counts below are its.

@@ -96,7 +96,7 @@ private:
     std::vector<uint8_t> take_, rest_;
     bool any_rest_   = false;
     bool in_graph_   = false;
-    bool is_settled_ = false; // in a graph: what came and what did not is known
+    bool is_settled_ = false;    // in a graph: what came and what did not is known
     std::vector<int32_t> where_; // per expert: accelerator, or -1
     std::vector<int32_t> active_;
     std::vector<float> wide_scores_;

@@ -48,21 +48,29 @@ std::string why_no_slices() {
     return same ? std::string() : "graphs have another layout there";
 }
 
-ggml_cgraph * graph_slice::make(const ggml_cgraph * graph, int begin, int end, ggml_tensor * first, uint64_t salt) {
+ggml_cgraph * graph_slice::make(const ggml_cgraph * graph, int begin, int end, const std::vector<insertion> & ours,
+                                uint64_t salt) {
     made_         = *reinterpret_cast<const graph_layout *>(graph);
     made_.n_leafs = 0;
     made_.leafs   = nullptr;
-    made_.nodes += begin;
-    made_.n_nodes = end - begin;
-    if (first != nullptr) {
-        nodes_.assign(1, first);
-        nodes_.insert(nodes_.end(), made_.nodes, made_.nodes + made_.n_nodes);
-        made_.nodes = nodes_.data();
-        made_.n_nodes++;
+    if (ours.empty()) {
+        made_.nodes += begin;
+        made_.n_nodes = end - begin;
+    } else {
+        nodes_.clear();
+        int at = begin;
+        for (const insertion & one : ours) {
+            nodes_.insert(nodes_.end(), made_.nodes + at, made_.nodes + one.before);
+            nodes_.push_back(one.node);
+            at = one.before;
+        }
+        nodes_.insert(nodes_.end(), made_.nodes + at, made_.nodes + end);
+        made_.nodes   = nodes_.data();
+        made_.n_nodes = static_cast<int>(nodes_.size());
     }
     if (made_.uid != 0) {
         const auto range = static_cast<uint64_t>(begin) << 32 | static_cast<uint32_t>(end);
-        made_.uid        = mix(mix(mix(made_.uid) ^ range) ^ (salt * 2 + (first != nullptr ? 1 : 0))) | 1;
+        made_.uid        = mix(mix(mix(made_.uid) ^ range) ^ (salt * 4 + ours.size())) | 1;
     }
     return reinterpret_cast<ggml_cgraph *>(&made_);
 }

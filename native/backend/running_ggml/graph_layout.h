@@ -39,13 +39,18 @@ std::string why_no_slices();
 // Nodes [begin, end) of a graph as a graph of its own, valid as long as both live and until the next one is made.
 class graph_slice {
 public:
-    // `first`, unless it is null, goes before them; ggml does not know its use count, so it is fused with nothing.
-    // `salt`: what decides what the nodes compute beside the graph and the range.
-    ggml_cgraph * make(const ggml_cgraph * graph, int begin, int end, ggml_tensor * first, uint64_t salt);
+    // With nodes of ours among them, in rising order; ggml does not know their use counts, so it fuses them with
+    // nothing. `salt`: what decides what the nodes compute beside the graph, the range and the number of ours.
+    struct insertion {
+        int before; // this node of the graph
+        ggml_tensor * node;
+    };
+    ggml_cgraph * make(const ggml_cgraph * graph, int begin, int end, const std::vector<insertion> & ours,
+                       uint64_t salt);
 
 private:
     graph_layout made_{};
-    std::vector<ggml_tensor *> nodes_; // with a first node
+    std::vector<ggml_tensor *> nodes_; // with ours
 };
 
 } // namespace hybrimoe
