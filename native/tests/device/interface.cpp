@@ -17,6 +17,9 @@
 #include <string>
 #include <vector>
 
+// Only a ggml of API 3 has it.
+extern "C" __attribute__((weak)) void ggml_backend_buft_alloc_buffer_n(void);
+
 namespace test_device {
 
 namespace {
@@ -125,7 +128,6 @@ struct module_state {
     settings config;
     int api = 0;
     ggml_backend_reg registry{};
-    ggml_backend_dev_t cpu = nullptr;
     std::vector<std::unique_ptr<device_state>> devices;
     buffer_type<buffer_type_functions_2> host_type_2{};
     buffer_type<buffer_type_functions_3> host_type_3{};
@@ -137,6 +139,18 @@ struct module_state {
 // Never destroyed: ggml, which holds our tables, may outlive static objects of ours.
 module_state & here() {
     static auto & one = *new module_state;
+    return one;
+}
+
+// Looked up when it is needed: programs may load us before it. By name, so that nobody is asked for a type.
+ggml_backend_dev_t cpu() {
+    static ggml_backend_dev_t one = nullptr;
+    if (one == nullptr) {
+        one = ggml_backend_dev_by_name("CPU");
+    }
+    if (one == nullptr) {
+        complain("ggml has no device CPU to compute with");
+    }
     return one;
 }
 
@@ -636,12 +650,12 @@ bool is_ours(ggml_backend_t backend) {
 }
 
 ggml_backend_t init_backend(ggml_backend_dev_t device, const char *) {
-    ggml_backend_t inner = ggml_backend_dev_init(here().cpu, nullptr);
+    ggml_backend_t inner = ggml_backend_dev_init(cpu(), nullptr);
     if (inner == nullptr) {
         return nullptr;
     }
     const auto set_n_threads = reinterpret_cast<ggml_backend_set_n_threads_t>(
-        ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(here().cpu), "ggml_backend_set_n_threads"));
+        ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(cpu()), "ggml_backend_set_n_threads"));
     if (set_n_threads != nullptr) {
         set_n_threads(inner, 1);
     }
@@ -676,7 +690,7 @@ bool supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
     case GGML_OP_CUSTOM:
         return false;
     default:
-        return ggml_backend_dev_supports_op(here().cpu, op);
+        return ggml_backend_dev_supports_op(cpu(), op);
     }
 }
 
@@ -723,6 +737,9 @@ void * find_function(ggml_backend_reg_t, const char * name) {
     }
     if (wanted == "test_device_counts") {
         return reinterpret_cast<void *>(test_device_counts);
+    }
+    if (wanted == "test_device_stand_first") {
+        return reinterpret_cast<void *>(test_device_stand_first);
     }
     if (wanted == "test_device_reset_counts") {
         return reinterpret_cast<void *>(test_device_reset_counts);
@@ -791,15 +808,8 @@ ggml_backend_reg_t start() {
     if (!all.devices.empty()) {
         return &all.registry;
     }
-    all.config = read_settings();
-    all.cpu    = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-    if (all.cpu == nullptr) {
-        throw std::runtime_error("ggml has no CPU device to compute with");
-    }
-    all.api = ggml_backend_dev_backend_reg(all.cpu)->api_version;
-    if (all.api < hybrimoe::tables::oldest_api || all.api > hybrimoe::tables::newest_api) {
-        throw std::runtime_error("ggml's backend API " + std::to_string(all.api) + " is not known");
-    }
+    all.config                          = read_settings();
+    all.api                             = ggml_backend_buft_alloc_buffer_n == nullptr ? 2 : 3;
     all.registry.api_version            = all.api;
     all.registry.iface.get_name         = registry_name;
     all.registry.iface.get_device_count = device_count;
@@ -844,5 +854,11 @@ __attribute__((visibility("default"))) int64_t test_device_counts(char * json, s
 
 __attribute__((visibility("default"))) void test_device_reset_counts(void) {
     test_device::reset_counts();
+}
+
+__attribute__((visibility("default"))) void test_device_stand_first(void) {
+    ggml_backend_reg_t registry = ggml_backend_dev_backend_reg(test_device::cpu());
+    ggml_backend_unload(registry); // forgets a registry that is linked in, no more
+    ggml_backend_register(registry);
 }
 }

@@ -41,6 +41,10 @@ int64_t test_device_counts(char * json, size_t size);
 // Begins a new window.
 void test_device_reset_counts(void);
 
+// Puts the CPU behind the test device in ggml's list, where GPUs that a llama.cpp is compiled for stand before it.
+// Where the CPU is linked in, and before its device is in use.
+void test_device_stand_first(void);
+
 #ifdef __cplusplus
 }
 #endif
