@@ -2,8 +2,6 @@
 
 #include "counts.h"
 
-#include "ggml-backend.h"
-
 #include <algorithm>
 #include <unordered_map>
 
@@ -13,14 +11,6 @@ namespace {
 
 bool is_empty(const ggml_tensor * t) {
     return ggml_nelements(t) == 0;
-}
-
-const char * place_name(const ggml_tensor * t) {
-    ggml_backend_buffer_t buffer = t->view_src != nullptr ? t->view_src->buffer : t->buffer;
-    if (buffer == nullptr) {
-        return "no buffer";
-    }
-    return ggml_backend_buffer_name(buffer);
 }
 
 } // namespace
@@ -65,10 +55,10 @@ graph_copy::graph_copy(ggml_cgraph * of, const device_memory & device, const cha
         const region_ptr found = device.find(from->data, ggml_nbytes(from));
         if (found == nullptr) {
             const std::string part = i_src < 0 ? "itself" : "source " + std::to_string(i_src) + " '" + from->name + "'";
-            complain(
-                "%s was given a graph with node '%s' (%s), of which %s is not in its memory: %zu bytes at %p, in %s",
-                name, node->name, ggml_op_name(node->op), part.c_str(), ggml_nbytes(from), from->data,
-                place_name(from));
+            // Not by its buffer, which may be freed.
+            complain("%s was given a graph with node '%s' (%s), of which %s is not in its memory: %zu bytes at %p, %s",
+                     name, node->name, ggml_op_name(node->op), part.c_str(), ggml_nbytes(from), from->data,
+                     device.holds(from->data) ? "beyond any allocation or in a freed one" : "the host's or another's");
         }
         copy_of(from)->data = found->real_of(from->data);
         note(found);

@@ -47,6 +47,8 @@ public:
     // Complains when queued work uses it.
     void free(const void * begin);
     region_ptr find(const void * begin, size_t size) const { return regions_.find(begin, size); }
+    // Whether that is one of its addresses, allocated or not.
+    bool holds(const void * address) const { return address >= base_ && address < base_ + reserved_; }
     size_t n_bytes() const { return n_bytes_; }
     size_t n_free() const;
 

@@ -347,7 +347,7 @@ const std::map<std::string, std::pair<std::function<void()>, const char *>> & de
               on.a->data   = host.data;
               on.compute();
           },
-          "node 'node_0' (SCALE), of which source 0 'a' is not in its memory: 256 bytes at"}},
+          "node 'node_0' (SCALE), of which source 0 'a' is not in its memory: 256 bytes at "}},
         {"source of another device",
          {[] {
               bench on, other("TEST1");
@@ -355,14 +355,14 @@ const std::map<std::string, std::pair<std::function<void()>, const char *>> & de
               on.a->data   = other.a->data;
               on.compute();
           },
-          "source 0 'a' is not in its memory"}},
+          "the host's or another's"}},
         {"freed source",
          {[] {
               bench on;
               on.memory.reset();
               on.compute();
           },
-          "is not in its memory"}},
+          "beyond any allocation or in a freed one"}},
         {"free in use",
          {[] {
               bench on;
