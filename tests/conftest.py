@@ -72,6 +72,17 @@ def demo_model(one_builds: Callable[[str], FileLock]) -> Path:
         return store.build_demo()
 
 
+@pytest.fixture(scope="session")
+def device_module() -> Path:
+    """The test device as a backend module (native/tests/device/test_device.h); compiled in seconds after a change."""
+    from test_native import build_test_device
+
+    try:
+        return build_test_device()
+    except subprocess.CalledProcessError as error:
+        pytest.fail(f"the test device does not compile:\n{error.stdout[-4000:]}")
+
+
 @dataclass(frozen=True)
 class LongPrompt:
     """`text` has more than 3,000 of the model's tokens: several micro-batches, even of llama.cpp's default size."""

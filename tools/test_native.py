@@ -76,16 +76,25 @@ def _configure_command(sanitize: str) -> list[str]:
     return configure
 
 
-def build_target(target: str, sanitize: str = "") -> Path:
+def build_target(target: str, sanitize: str = "", jobs: int | None = None) -> Path:
     """Builds one target of the native code with its tests; returns the folder of the build.
 
-    Raises CalledProcessError, with what the compiler printed.
+    One process at a time builds there. Raises CalledProcessError, with what the compiler printed.
     """
+    from filelock import FileLock  # not there where the other tools need this module
+
     build = _build_folder(sanitize)
-    make = [tool("cmake"), "--build", str(build), "--target", target, "-j", str(os.cpu_count() or 2)]
-    for command in (_configure_command(sanitize), make):
-        subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    make = [tool("cmake"), "--build", str(build), "--target", target, "-j", str(jobs or os.cpu_count() or 2)]
+    build.mkdir(parents=True, exist_ok=True)
+    with FileLock(build / ".lock"):
+        for command in (_configure_command(sanitize), make):
+            subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return build
+
+
+def build_test_device(sanitize: str = "") -> Path:
+    """Builds the test device (native/tests/device), a backend module; returns its path. Takes seconds."""
+    return build_target("ggml-test-device", sanitize) / "native" / "tests" / "device" / "libggml-test-device.so"
 
 
 # What --only names: the target that builds it, and how ctest chooses it.
@@ -98,16 +107,13 @@ PARTS = {
 
 def run_native_tests(sanitize: str = "", jobs: int | None = None, part: str = "") -> int:
     """Configure, build and run the native tests, or one of PARTS; returns ctest's exit status."""
-    build = _build_folder(sanitize)
     jobs = jobs or os.cpu_count() or 2
-    configure = _configure_command(sanitize)
     target, choice = PARTS[part]
-    make = [tool("cmake"), "--build", str(build), "-j", str(jobs), "--target", target]
-    for command in (configure, make):
-        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if result.returncode != 0:
-            sys.stderr.write(result.stdout[-8000:])
-            return result.returncode
+    try:
+        build = build_target(target, sanitize, jobs)
+    except subprocess.CalledProcessError as error:
+        sys.stderr.write(error.stdout[-8000:])
+        return error.returncode
     test = [tool("ctest"), "--test-dir", str(build), "--output-on-failure", "--no-tests=error", "-j", str(jobs)]
     return subprocess.run([*test, *choice]).returncode
 

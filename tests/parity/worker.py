@@ -21,6 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 import numpy as np
+from device_calls import DeviceCalls
 from llama_forward import Context, ForwardError, Model, Tensors
 
 Arrays = dict[str, "np.ndarray[Any, Any]"]
@@ -281,6 +282,25 @@ def long_greedy(model: Model, n_tokens: int, n_answer: int = 200, threads: int =
         return {"tokens": np.array(chosen), "sums": np.array(sums)}, counted(context)
 
 
+def device_calls(
+    model: Model, module: str, steps: list[int], repeat: int = 4, threads: int = 2
+) -> tuple[Arrays, Facts]:
+    """A step of each of the given numbers of tokens, `repeat` times. The facts have what the test device `module`
+    counted in each, the first of them with what setting up the context needed."""
+    arrays: Arrays = {}
+    calls = []
+    counts = DeviceCalls(module)
+    counts.reset()
+    with Context(model, n_threads=threads) as context:
+        position = 0
+        for i, n in enumerate(n for n in steps for _ in range(repeat)):
+            arrays[str(i)] = context.forward(random_tokens(model, n, seed=i), position)
+            position += n
+            calls.append(counts.window())
+            counts.reset()
+        return arrays, {"calls": calls, "all_calls": counts.total(), **counted(context)}
+
+
 def _usage() -> dict[str, int]:
     import psutil
 
@@ -351,6 +371,7 @@ SCENARIOS: dict[str, Callable[..., tuple[Arrays, Facts]]] = {
         two_contexts,
         sequences,
         long_greedy,
+        device_calls,
         usage,
         reload,
         two_engines,

@@ -18,28 +18,42 @@ bool may_cache(const common & shared, const device_port & port, int layer) {
            device_compute::supports(port, shared.book.layer(layer).layout);
 }
 
-// As many slots for each layer as the budget holds, then one more for as many layers as the rest allows.
+// As many slots for each layer as the budget holds, then one more for as many layers as the rest allows. Backends pad
+// what they allocate, so the sizes are asked of the device.
 std::vector<int> slots_for_budget(const common & shared, const device_port & port, double budget) {
     const int n_layers = shared.book.n_layers();
     std::vector<int> slots(static_cast<size_t>(n_layers), 0);
-    std::vector<double> bytes(static_cast<size_t>(n_layers), 0.0);
-    double sum = 0.0;
+    std::vector<bool> may(static_cast<size_t>(n_layers), false);
+    int32_t most = 0;
     for (int layer = 0; layer < n_layers; layer++) {
-        const expert_layout & layout = shared.book.layer(layer).layout;
-        if (may_cache(shared, port, layer)) {
-            bytes[static_cast<size_t>(layer)] = static_cast<double>(slot_set::needed_bytes(port, layout, 16)) / 16.0;
-            sum += bytes[static_cast<size_t>(layer)];
-        }
+        may[static_cast<size_t>(layer)] = may_cache(shared, port, layer);
+        most                            = std::max(most, shared.book.layer(layer).layout.n_expert);
     }
-    if (sum <= 0.0 || budget <= 0.0) {
+    const auto bytes = [&](int layer, int n) {
+        const bool has_any = may[static_cast<size_t>(layer)] && n > 0;
+        return has_any ? static_cast<double>(slot_set::needed_bytes(port, shared.book.layer(layer).layout, n)) : 0.0;
+    };
+    const auto all_bytes = [&](int n) {
+        double sum = 0.0;
+        for (int layer = 0; layer < n_layers; layer++) {
+            sum += bytes(layer, n);
+        }
+        return sum;
+    };
+    const double one = (all_bytes(33) - all_bytes(1)) / 32.0;
+    if (one <= 0.0 || budget <= 0.0) {
         return slots;
     }
-    const int each = static_cast<int>(std::min(budget / sum, 1e6));
-    double left    = budget - each * sum;
-    for (size_t layer = 0; layer < slots.size(); layer++) {
-        const bool one_more = bytes[layer] > 0.0 && bytes[layer] <= left;
-        left -= one_more ? bytes[layer] : 0.0;
-        slots[layer] = bytes[layer] > 0.0 ? each + (one_more ? 1 : 0) : 0;
+    int each = static_cast<int>(std::min(budget / one, static_cast<double>(most)));
+    while (each > 0 && all_bytes(each) > budget) {
+        each--;
+    }
+    double left = budget - all_bytes(each);
+    for (int layer = 0; layer < n_layers; layer++) {
+        const double more   = bytes(layer, each + 1) - bytes(layer, each);
+        const bool one_more = more > 0.0 && more <= left;
+        left -= one_more ? more : 0.0;
+        slots[static_cast<size_t>(layer)] = may[static_cast<size_t>(layer)] ? each + (one_more ? 1 : 0) : 0;
     }
     return slots;
 }
