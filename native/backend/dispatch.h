@@ -58,6 +58,10 @@ public:
     // adds the bias of the last product itself, whoever computes the pair.
     ggml_status compute_remote(const remote_block & one, const remote_shares & shares, float * y);
     void end_remote(const remote_block & one, ggml_status status);
+    // While the device still computes what the block needs; x: the router's input of the layer before it.
+    void look_ahead_from(const described_block & described, const float * x, size_t x_token_bytes, int64_t n_tokens) {
+        hybrid_.look_ahead_from(described, x, x_token_bytes, n_tokens);
+    }
     bool knows(const described_block & described) const { return hybrid_.knows(described); }
     bool wants_scores() const { return hybrid_.wants_scores(); }
     int slot_in_graph(int32_t expert) const { return hybrid_.slot_in_graph(expert); }

@@ -85,6 +85,8 @@ void read_block(ggml_tensor ** nodes, int n_nodes, small_weights & small, expert
     const int router = find_router(nodes, cut.block.experts, cut.block.ids);
     if (router >= 0) {
         cut.block.router = nodes[router]->src[0];
+        cut.shares_input =
+            !cut.described->layer.weights_on_input && nodes[router]->src[1]->data == cut.described->x->data;
         moe_block routed = cut.block;
         routed.begin     = router;
         cut.scores       = find_scores(nodes, routed);

@@ -20,9 +20,10 @@ struct expert_cut {
     bool has_rows = true;      // false: a micro-batch's last layer without outputs
     // The whole MoE block in the terms of the kernels; without it each product is computed alone.
     std::optional<described_block> described;
-    int sum = -1;                // with it: the node that holds the block's result
-    router_scores scores;        // with it: null when the router runs elsewhere
-    bool scores_are_kept = true; // whether their memory is not reused before the first product
+    int sum = -1;                 // with it: the node that holds the block's result
+    router_scores scores;         // with it: null when the router runs elsewhere
+    bool shares_input    = false; // whether the router reads the same rows as the experts
+    bool scores_are_kept = true;  // whether their memory is not reused before the first product
 };
 
 // Whether a tensor is one of a model's experts in our host memory.

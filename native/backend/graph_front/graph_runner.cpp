@@ -75,46 +75,55 @@ ggml_status graph_runner::compute(ggml_cgraph * graph) {
     nodes_ = ggml_graph_nodes(graph);
     at_    = 0;
     ours_.clear();
+    gate_input_.clear();
     const int n_nodes  = ggml_graph_n_nodes(graph);
     const auto product = std::find_if(nodes_, nodes_ + n_nodes, is_cut_product);
     if (product == nodes_ + n_nodes) {
         return ggml_backend_graph_compute_async(inner_.get(), graph);
     }
-    if (core_ == nullptr) {
-        core_ = expert_core::find(device_, (*product)->src[0]->data);
+    try {
+        if (core_ == nullptr) {
+            core_ = expert_core::find(device_, (*product)->src[0]->data);
+        }
+        std::lock_guard<std::mutex> lock(core_->mutex);
+        const ggml_status status = run_cuts(n_nodes);
+        put_back();
+        return status;
+    } catch (const std::bad_alloc &) {
+        put_back();
+        return GGML_STATUS_ALLOC_FAILED;
+    } catch (const std::exception & error) {
+        std::fprintf(stderr, "HybriMoE: %s\n", error.what());
+        put_back();
+        return GGML_STATUS_FAILED;
     }
-    std::lock_guard<std::mutex> lock(core_->mutex);
+}
+
+ggml_status graph_runner::run_cuts(int n_nodes) {
     if (core_->last != nullptr && core_->last != inner_.get()) {
         ggml_backend_synchronize(core_->last); // it may still read slots
     }
     core_->last = inner_.get();
     core_->dispatch.set_n_threads(n_threads_);
     core_->dispatch.set_abort_callback(callback_, callback_data_);
-    ggml_status status = GGML_STATUS_SUCCESS;
-    try {
-        const uint64_t number = graph_number(graph);
-        if (number == 0 || number != cuts_of_) {
-            cuts_of_ = 0;
-            cuts_    = find_cuts(nodes_, n_nodes, is_expert_weight_of_ours, core_->copies);
-            cuts_of_ = number;
-            for (const expert_cut & cut : cuts_) {
-                for (const int i : cut.products) {
-                    core_->experts.insert(nodes_[i]->src[0]->data);
-                }
+    const uint64_t number = graph_number(graph_);
+    if (number == 0 || number != cuts_of_) {
+        cuts_of_ = 0;
+        cuts_    = find_cuts(nodes_, n_nodes, is_expert_weight_of_ours, core_->copies);
+        cuts_of_ = number;
+        for (const expert_cut & cut : cuts_) {
+            for (const int i : cut.products) {
+                core_->experts.insert(nodes_[i]->src[0]->data);
             }
         }
-        for (size_t i = 0; i < cuts_.size() && status == GGML_STATUS_SUCCESS; i++) {
-            status = run_cut(cuts_[i]);
-        }
-        status = status == GGML_STATUS_SUCCESS ? run_to(n_nodes) : status;
-    } catch (const std::bad_alloc &) {
-        status = GGML_STATUS_ALLOC_FAILED;
-    } catch (const std::exception & error) {
-        std::fprintf(stderr, "HybriMoE: %s\n", error.what());
-        status = GGML_STATUS_FAILED;
     }
-    put_back();
-    return status;
+    for (const expert_cut & cut : cuts_) {
+        const ggml_status status = run_cut(cut);
+        if (status != GGML_STATUS_SUCCESS) {
+            return status;
+        }
+    }
+    return run_to(n_nodes);
 }
 
 ggml_status graph_runner::run_to(int end) {
@@ -174,6 +183,10 @@ remote_block graph_runner::fetch(const expert_cut & cut, const ggml_tensor * sco
         ggml_backend_tensor_get_async(inner_.get(), parts[i], to, 0, ggml_nbytes(parts[i]));
         came[i] = to;
     }
+    if (!gate_input_.empty() && gate_tokens_ == cut.block.n_tokens()) {
+        const size_t token_bytes = gate_input_.size() / static_cast<size_t>(gate_tokens_) * sizeof(float);
+        core_->dispatch.look_ahead_from(described, gate_input_.data(), token_bytes, cut.block.n_tokens());
+    }
     ggml_backend_synchronize(inner_.get());
 
     const auto top_k    = static_cast<size_t>(cut.block.top_k());
@@ -207,7 +220,8 @@ ggml_status graph_runner::run_block(const expert_cut & cut) {
     if (status != GGML_STATUS_SUCCESS) {
         return status;
     }
-    const remote_block one    = fetch(cut, scores);
+    const remote_block one = fetch(cut, scores);
+    keep_gate_input(cut, one);
     const bool may_share      = cut.block.n_tokens() <= most_graph_tokens && reserve_device(cut);
     const auto shares         = core_->dispatch.begin_remote(one, may_share);
     const size_t result_bytes = static_cast<size_t>(cut.described->layer.n_embd * cut.block.n_tokens()) * sizeof(float);
@@ -216,6 +230,20 @@ ggml_status graph_runner::run_block(const expert_cut & cut) {
                                                                     : run_on_host(cut, one, shares);
     core_->dispatch.end_remote(one, status);
     return status;
+}
+
+void graph_runner::keep_gate_input(const expert_cut & cut, const remote_block & one) {
+    gate_input_.clear();
+    if (!cut.shares_input || cut.block.n_tokens() > most_graph_tokens) {
+        return;
+    }
+    gate_tokens_      = cut.block.n_tokens();
+    const auto n_embd = static_cast<size_t>(cut.described->layer.n_embd);
+    for (int64_t t = 0; t < cut.block.n_tokens(); t++) {
+        const auto * row = reinterpret_cast<const float *>(reinterpret_cast<const char *>(one.x) +
+                                                           static_cast<size_t>(t) * one.x_token_bytes);
+        gate_input_.insert(gate_input_.end(), row, row + n_embd);
+    }
 }
 
 // Hits stay in the graph. When the CPU has a share, its sum is added in front of what follows the block.

@@ -62,6 +62,7 @@ private:
         ggml_tensor * scores  = nullptr; // copied before their memory is used again
     };
 
+    ggml_status run_cuts(int n_nodes);
     ggml_status run_to(int end);
     ggml_status run_cut(const expert_cut & cut);
     ggml_status run_block(const expert_cut & cut);
@@ -71,6 +72,7 @@ private:
     ggml_status run_products(const expert_cut & cut);
     ggml_status run_product(ggml_tensor * node);
     remote_block fetch(const expert_cut & cut, const ggml_tensor * scores);
+    void keep_gate_input(const expert_cut & cut, const remote_block & one);
     ggml_tensor * make_node(const char * name, ggml_op op);
     bool reserve_device(const expert_cut & cut);
     bool use_slots(const expert_cut & cut, const remote_block & one, const dispatcher::remote_shares & shares);
@@ -109,6 +111,8 @@ private:
     // The block at hand, as it came down.
     std::vector<int32_t> ids_;
     std::vector<float> weights_, scores_;
+    std::vector<float> gate_input_; // of the last block of this graph, [n_embd, n_tokens]; empty: not known
+    int64_t gate_tokens_ = 0;
 };
 
 } // namespace hybrimoe

@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <exception>
 #include <stdexcept>
+#include <utility>
 
 namespace hybrimoe {
 
@@ -216,6 +217,9 @@ const uint8_t * hybrid::settle_in_graph() {
 
 void hybrid::set_input(const float * x, size_t x_token_bytes, bool is_gate_input, const device_rows & there) {
     step_.set_input(x, x_token_bytes, there);
+    if (std::exchange(looked_for_, -1) == step_.layer()) {
+        return;
+    }
     const int64_t n_tokens = step_.pairs().n_tokens;
     const bool wanted      = phase_ == phase::ready && horizon_ > 0 && kernels_ != nullptr && is_gate_input &&
                              runtime_->prefetch_on() && n_tokens <= look_ahead_tokens;
@@ -223,6 +227,18 @@ void hybrid::set_input(const float * x, size_t x_token_bytes, bool is_gate_input
         routers_.begin(step_.layer(), std::min(horizon_, std::max(1, runtime_->horizon())), x, x_token_bytes, n_tokens);
     } else {
         routers_.none();
+    }
+}
+
+void hybrid::look_ahead_from(const described_block & described, const float * x, size_t x_token_bytes,
+                             int64_t n_tokens) {
+    const int layer   = shared_.book.index_of(described);
+    const bool wanted = phase_ == phase::ready && horizon_ > 0 && kernels_ != nullptr && layer >= 0 &&
+                        runtime_->prefetch_on() && n_tokens <= look_ahead_tokens;
+    if (wanted) {
+        routers_.begin(layer, std::min(horizon_, std::max(1, runtime_->horizon())), x, x_token_bytes, n_tokens);
+        routers_.compute(kernels_, 0, 1);
+        looked_for_ = layer;
     }
 }
 

@@ -50,6 +50,9 @@ public:
 
     // The step's x, [n_embd, n_tokens], whether the router reads the same, and where else it is; before route().
     void set_input(const float * x, size_t x_token_bytes, bool is_gate_input, const device_rows & there);
+    // In a graph, while the device still computes what the block needs: applies later routers to an earlier layer's
+    // gate input x [n_embd, n_tokens], so that the plan need not wait for that.
+    void look_ahead_from(const described_block & described, const float * x, size_t x_token_bytes, int64_t n_tokens);
     const uint8_t * route(int32_t * ids, const float * weights, const float * scores) override;
     bool wants_scores() const override;
     void look_ahead(int thread, int n_threads) override;
@@ -125,7 +128,8 @@ private:
     sharing_pause pause_;  // a step failed
     std::string given_up_; // why the caches that were asked for are not used; empty: they are, or none were
     bool needs_scores_ = false;
-    int horizon_       = 0; // layers that a prefetcher may look ahead
+    int looked_for_    = -1;    // the layer that look_ahead_from() was called for
+    int horizon_       = 0;     // layers that a prefetcher may look ahead
 
     // the pass at hand
     int last_layer_      = -1;

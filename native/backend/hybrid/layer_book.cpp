@@ -8,9 +8,14 @@ bool layer_book::is_known(const described_block & described) const {
     return by_experts_.count(described.layer.down.data) != 0;
 }
 
-const known_layer * layer_book::find(const described_block & described) const {
+int layer_book::index_of(const described_block & described) const {
     const auto found = by_experts_.find(described.layer.down.data);
-    return found == by_experts_.end() || found->second < 0 ? nullptr : &layer(found->second);
+    return found == by_experts_.end() ? -1 : found->second;
+}
+
+const known_layer * layer_book::find(const described_block & described) const {
+    const int index = index_of(described);
+    return index < 0 ? nullptr : &layer(index);
 }
 
 int layer_book::find(const moe_block & block, const described_block & described) {

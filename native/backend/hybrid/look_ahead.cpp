@@ -1,5 +1,7 @@
 #include "hybrid/look_ahead.h"
 
+#include "ggml-backend.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -18,8 +20,8 @@ uint16_t to_bf16(float value) {
     return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-float read_value(const ggml_tensor * w, int64_t row, int64_t column) {
-    const char * at = static_cast<const char *>(w->data) + static_cast<size_t>(row) * w->nb[1];
+float read_value(const ggml_tensor * w, const char * data, int64_t row, int64_t column) {
+    const char * at = data + static_cast<size_t>(row) * w->nb[1];
     switch (w->type) {
     case GGML_TYPE_F32:
         return reinterpret_cast<const float *>(at)[column];
@@ -43,13 +45,19 @@ void look_ahead_routers::load(const layer_book & book) {
         if (!readable || w->ne[1] != known.layout.n_expert || w->ne[0] != known.layout.n_embd) {
             continue;
         }
-        router & out = routers_[static_cast<size_t>(layer)];
-        out.n_embd   = w->ne[0];
-        out.n_expert = w->ne[1];
+        const bool is_here = w->buffer == nullptr || ggml_backend_buffer_is_host(w->buffer);
+        std::vector<char> copy(is_here ? 0 : ggml_nbytes(w));
+        if (!is_here) {
+            ggml_backend_tensor_get(w, copy.data(), 0, copy.size());
+        }
+        const char * data = is_here ? static_cast<const char *>(w->data) : copy.data();
+        router & out      = routers_[static_cast<size_t>(layer)];
+        out.n_embd        = w->ne[0];
+        out.n_expert      = w->ne[1];
         out.rows.resize(static_cast<size_t>(out.n_embd * out.n_expert));
         for (int64_t row = 0; row < out.n_expert; row++) {
             for (int64_t i = 0; i < out.n_embd; i++) {
-                out.rows[static_cast<size_t>(row * out.n_embd + i)] = to_bf16(read_value(w, row, i));
+                out.rows[static_cast<size_t>(row * out.n_embd + i)] = to_bf16(read_value(w, data, row, i));
             }
         }
     }
