@@ -36,7 +36,8 @@ class Model:
 
     `mmap` False reads the file into buffers instead of mapping it; `host` False is `--no-host`. `backends` are modules
     to load first (see `hybrimoe.native.backend_modules`); `placement` is llama.cpp's `-ot`, `-cmoe` and `-ncmoe`;
-    `settings` configure the plug-in.
+    `settings` configure the plug-in. With `front` "graph" the plug-in's wrapper of the settings' first device takes
+    whole graphs; all models of a process have the same.
     """
 
     def __init__(
@@ -51,10 +52,12 @@ class Model:
         placement: Placement | None = None,
         backends: Sequence[Path | str] = (),
         settings: Mapping[str, Any] | None = None,
+        front: str = "block",
     ) -> None:
         import llama_cpp
 
         self.path = Path(path)
+        self.front = front
         self._log = _quiet_log()
         if backends:
             from hybrimoe.native.backend_modules import load_backend_modules
@@ -67,15 +70,23 @@ class Model:
         params.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP if mmap else llama_cpp.LLAMA_LOAD_MODE_NONE
         self.plugin: Plugin | None = None
         if plugin:
-            from hybrimoe.native.plugin import load_plugin
+            from hybrimoe.native.plugin import load_plugin, plugin_library
 
+            if front == "graph":
+                plugin_library().configure(**{**(settings or {}), "front": front})
             self.plugin = load_plugin()
             if settings:
                 self.plugin.configure(**settings)
         if plugin or placement is not None:
             from hybrimoe.placement import Placement, buffer_types, override_array
 
-            rules = (placement or Placement()).rules(buffer_types(), self.plugin.buffer_type if self.plugin else None)
+            types = buffer_types()
+            rules = (placement or Placement()).rules(types, self.plugin.buffer_type if self.plugin else None)
+            if front == "graph":
+                assert settings is not None
+                rules = [("ffn_.*_exps[.]weight", types["HybriMoE_Graph"])]
+                self._devices = _device_list(f"HybriMoE_{settings['devices'][0]}")
+                params.devices = ctypes.cast(self._devices, dict(params._fields_)["devices"])
             # llama.cpp refers to the array for as long as the model lives.
             self._overrides = override_array(rules)
             params.tensor_buft_overrides = ctypes.cast(self._overrides, ctypes.c_void_p)
@@ -105,6 +116,19 @@ class Model:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+
+def _device_list(*names: str) -> ctypes.Array[ctypes.c_void_p]:
+    from hybrimoe.native.plugin import ggml_library
+
+    ggml = ggml_library()
+    # ggml_backend_dev_t ggml_backend_dev_by_name(const char * name)
+    ggml.ggml_backend_dev_by_name.argtypes = [ctypes.c_char_p]
+    ggml.ggml_backend_dev_by_name.restype = ctypes.c_void_p
+    devices = [ggml.ggml_backend_dev_by_name(name.encode()) for name in names]
+    if None in devices:
+        raise ForwardError(f"ggml has no device {names[devices.index(None)]}")
+    return (ctypes.c_void_p * (len(names) + 1))(*devices, None)
 
 
 class Context:
@@ -139,8 +163,13 @@ class Context:
         self.handle = llama_cpp.llama_init_from_model(model.handle, params)
         if not self.handle:
             raise ForwardError(f"cannot make a context: {_last_error(model._log)}")
-        self.instance = model.plugin.last_instance() if model.plugin else 0
+        self._instance = model.plugin.last_instance() if model.plugin and model.front == "block" else 0
         self._batch = llama_cpp.llama_batch_init(n_batch, 0, 1)
+
+    @property
+    def instance(self) -> int:
+        """The plug-in's; where it takes whole graphs there is one once something was computed, for all contexts."""
+        return self._instance or (self.model.plugin.last_instance() if self.model.plugin else 0)
 
     def compute(self, tokens: Sequence[int], position: int, *, sequence: int = 0, last_only: bool = False) -> None:
         """One llama_decode of `tokens` at `position`; logits of all tokens are kept, or of the last one only."""

@@ -100,4 +100,8 @@ uint64_t last_instance_of_thread() {
     return last_instance;
 }
 
+void set_last_instance_of_thread(uint64_t id) {
+    last_instance = id;
+}
+
 } // namespace hybrimoe

@@ -90,6 +90,8 @@ void forget_instance(uint64_t id);
 bool ask_instance(uint64_t id, const std::function<bool(const instance_view &)> & ask);
 std::shared_ptr<counters> find_instance(uint64_t id);
 std::vector<uint64_t> all_instances();
+// The instance that this thread made, or was given, last.
 uint64_t last_instance_of_thread();
+void set_last_instance_of_thread(uint64_t id);
 
 } // namespace hybrimoe

@@ -4,6 +4,7 @@
 #include "running_ggml/tables.h"
 
 #include <algorithm>
+#include <atomic>
 #include <dlfcn.h>
 #include <stdexcept>
 
@@ -17,8 +18,16 @@ template <typename function> function find_function(ggml_backend_dev_t device, c
 
 } // namespace
 
+// Looking it up asks every device before it for its type, and CUDA's answers by asking the driver for the card's
+// properties, about a millisecond each; a graph build asks us about every operation.
 ggml_backend_dev_t find_cpu_device() {
-    return ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    static std::atomic<ggml_backend_dev_t> found{nullptr}; // ggml's devices live as long as the process
+    ggml_backend_dev_t device = found.load(std::memory_order_relaxed);
+    if (device == nullptr) {
+        device = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+        found.store(device, std::memory_order_relaxed);
+    }
+    return device;
 }
 
 // The CPU backend may be a library that nobody linked (dynamically loaded backends): look into the one its device is

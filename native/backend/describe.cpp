@@ -31,8 +31,9 @@ struct linear_map {
 
 class reader {
 public:
-    reader(ggml_tensor ** nodes, const moe_block & block, external_types external, void * context)
-        : nodes_(nodes), block_(block), external_(external), context_(context) {}
+    reader(ggml_tensor ** nodes, const moe_block & block, external_types external, void * context,
+           small_weights & small)
+        : nodes_(nodes), block_(block), external_(external), context_(context), small_(small) {}
 
     std::optional<described_block> read() {
         described_block out;
@@ -150,7 +151,7 @@ private:
             if (t->src[2] != block_.ids || bias->type != GGML_TYPE_F32 || bias->nb[0] != sizeof(float)) {
                 return false;
             }
-            out.matrix.bias       = static_cast<const float *>(bias->data);
+            out.matrix.bias       = small_.of(bias);
             out.matrix.bias_bytes = bias->nb[1];
             t                     = t->src[0];
         }
@@ -159,7 +160,7 @@ private:
             if (scale == nullptr) {
                 return false;
             }
-            out.matrix.scale = static_cast<const float *>(scale->data);
+            out.matrix.scale = small_.of(scale);
             t                = t->src[0];
         }
         if (t->op != GGML_OP_MUL_MAT_ID || t->src[2] != block_.ids) {
@@ -378,6 +379,7 @@ private:
     const moe_block & block_;
     external_types external_;
     void * context_;
+    small_weights & small_;
     const ggml_tensor * last_pairs_ = nullptr; // the pairs so far: scaled, biased, weighted
     const ggml_tensor * down_       = nullptr; // the last product with its scale and bias, when it has any
 };
@@ -385,8 +387,9 @@ private:
 } // namespace
 
 std::optional<described_block> describe(ggml_tensor ** nodes, const moe_block & block, external_types external,
-                                        void * context) {
-    return reader(nodes, block, external, context).read();
+                                        void * context, small_weights * small) {
+    small_weights in_place;
+    return reader(nodes, block, external, context, small == nullptr ? in_place : *small).read();
 }
 
 } // namespace hybrimoe

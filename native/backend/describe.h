@@ -37,8 +37,15 @@ struct described_block {
 // Supplies ggml's own dot product for a weight type that the kernels do not know; null when there is none.
 using external_types = const kernels::external_type * (*)(ggml_type type, void * context);
 
+// Where the host reads biases and scales. By default where they are; a device's have copies.
+class small_weights {
+public:
+    virtual ~small_weights() = default;
+    virtual const float * of(const ggml_tensor * weight) { return static_cast<const float *>(weight->data); }
+};
+
 // Empty when the block holds anything that the kernels cannot express; it is then run by ggml's kernels.
 std::optional<described_block> describe(ggml_tensor ** nodes, const moe_block & block, external_types external,
-                                        void * context);
+                                        void * context, small_weights * small = nullptr);
 
 } // namespace hybrimoe

@@ -41,10 +41,10 @@ bool shares_input(ggml_tensor ** nodes, const moe_block & block, const described
 
 } // namespace
 
-dispatcher::dispatcher(const settings & config, std::shared_ptr<counters> data)
+dispatcher::dispatcher(const settings & config, std::shared_ptr<counters> data, ggml_backend_dev_t inner)
     : counters_(std::move(data)),
       kernels_(config.kernels == cpu_kernels::ggml ? nullptr : std::make_unique<kernel_executor>(config)),
-      hybrid_(config, counters_, *this, kernels_ == nullptr ? kernels::best_kernel_set() : kernels_->set()) {}
+      hybrid_(config, counters_, *this, kernels_ == nullptr ? kernels::best_kernel_set() : kernels_->set(), inner) {}
 
 ggml_status dispatcher::compute(ggml_cgraph * graph, const std::vector<graph_input> & inputs) {
     inputs_              = &inputs;
@@ -90,7 +90,7 @@ instance_report dispatcher::make_report(unsigned parts) const {
     return made;
 }
 
-ggml_status dispatcher::run_block(ggml_tensor ** nodes, const moe_block & block) {
+void dispatcher::begin_block(const moe_block & block) {
     layer_counters & counts = counters_->layer(block.layer);
     counts.n_experts.store(static_cast<int32_t>(block.n_expert), std::memory_order_relaxed);
     const int32_t top_k = counts.top_k.load(std::memory_order_relaxed);
@@ -99,12 +99,20 @@ ggml_status dispatcher::run_block(ggml_tensor ** nodes, const moe_block & block)
     }
     reports_.begin_work();
     meter_.begin_block(block.layer, block.n_tokens(), counters_->passes);
-    const ggml_status status = run_experts(nodes, block);
+}
+
+void dispatcher::end_block(const moe_block & block) {
     meter_.end_block(counters_->passes);
     reports_.answer([this](unsigned wanted) { return make_report(wanted); });
     if (block.layer == counters_->n_layers() - 1) {
         reports_.end_work();
     }
+}
+
+ggml_status dispatcher::run_block(ggml_tensor ** nodes, const moe_block & block) {
+    begin_block(block);
+    const ggml_status status = run_experts(nodes, block);
+    end_block(block);
     return status;
 }
 
@@ -124,15 +132,18 @@ ggml_status dispatcher::run_experts(ggml_tensor ** nodes, const moe_block & bloc
     if (status != GGML_STATUS_SUCCESS) {
         return status;
     }
-    const bool was_planned  = is_shared && hybrid_.was_planned();
-    const int n_active      = count_active(kernels_ && described ? kernels_->ids() : ids_, block.n_expert);
+    count_block(block, is_shared && hybrid_.was_planned(), kernels_ && described ? kernels_->ids() : ids_);
+    return GGML_STATUS_SUCCESS;
+}
+
+void dispatcher::count_block(const moe_block & block, bool was_planned, const std::vector<int32_t> & ids) {
+    const int n_active      = count_active(ids, block.n_expert);
     layer_counters & counts = counters_->layer(block.layer);
     add(counts.n_steps, 1);
     add(counts.n_tokens, static_cast<uint64_t>(block.n_tokens()));
     add(counts.n_blocks, 1);
     add(counts.n_experts_cpu, static_cast<uint64_t>(was_planned ? hybrid_.n_experts_cpu() : n_active));
     add(counts.n_experts_gpu, static_cast<uint64_t>(was_planned ? hybrid_.n_experts_gpu() : 0));
-    return GGML_STATUS_SUCCESS;
 }
 
 ggml_status dispatcher::run_with_kernels(ggml_tensor ** nodes, const moe_block & block,
@@ -341,14 +352,19 @@ double dispatcher::time_us(const known_layer & layer, const std::vector<int32_t>
     return static_cast<double>(watch.lap_ns()) * 1e-3;
 }
 
-ggml_status dispatcher::run_delegated(ggml_tensor ** nodes, const segment & rest) {
-    const int n_nodes = rest.block.end - rest.block.begin;
-    if (rest.has_experts && rest.block.layer >= 0) {
-        layer_counters & counts = counters_->layer(rest.block.layer);
+// Nodes outside any block that is recognised; `layer`: whose experts are among them, -1: nobody's.
+void dispatcher::count_delegated(int layer, uint64_t n_nodes) {
+    if (layer >= 0) {
+        layer_counters & counts = counters_->layer(layer);
         add(counts.n_steps, 1);
         add(counts.n_blocks_delegated, 1);
     }
-    add(counters_->n_nodes_delegated, static_cast<uint64_t>(n_nodes));
+    add(counters_->n_nodes_delegated, n_nodes);
+}
+
+ggml_status dispatcher::run_delegated(ggml_tensor ** nodes, const segment & rest) {
+    const int n_nodes = rest.block.end - rest.block.begin;
+    count_delegated(rest.has_experts ? rest.block.layer : -1, static_cast<uint64_t>(n_nodes));
     return cpu_.run(nodes + rest.block.begin, n_nodes, n_threads_);
 }
 

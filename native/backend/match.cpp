@@ -84,6 +84,11 @@ class finder {
 public:
     finder(ggml_tensor ** nodes, int n_nodes, std::vector<segment> & out) : nodes_(nodes), n_(n_nodes), out_(out) {}
 
+    bool find(int first, moe_block & block) const {
+        measure(first, first, block);
+        return is_block(block);
+    }
+
     void run() {
         int begin = 0;
         while (begin < n_) {
@@ -176,6 +181,11 @@ private:
 void find_segments(ggml_tensor ** nodes, int n_nodes, std::vector<segment> & out) {
     out.clear();
     finder(nodes, n_nodes, out).run();
+}
+
+bool find_block(ggml_tensor ** nodes, int n_nodes, int first, moe_block & out) {
+    std::vector<segment> none;
+    return finder(nodes, n_nodes, none).find(first, out);
 }
 
 } // namespace hybrimoe

@@ -39,4 +39,7 @@ struct segment {
 // segment with is_block false.
 void find_segments(ggml_tensor ** nodes, int n_nodes, std::vector<segment> & out);
 
+// The ranges of what begins with the expert product nodes[first], without a router; whether it is a block.
+bool find_block(ggml_tensor ** nodes, int n_nodes, int first, moe_block & out);
+
 } // namespace hybrimoe

@@ -1,8 +1,10 @@
-// The ggml backend: one device of type ACCEL with a host buffer type, found by any llama.cpp that loads this library.
+// The ggml backend: one device of type ACCEL with a host buffer type, found by any llama.cpp that loads this library,
+// and where they are wanted devices that wrap GPUs (graph_front/wrapper.h).
 // Read from the bottom: registry, device, backend, buffer type.
 #include "claim.h"
 #include "counters.h"
 #include "dispatch.h"
+#include "graph_front/wrapper.h"
 #include "hybrimoe.h"
 #include "json_text.h"
 #include "observer/host.h"
@@ -30,7 +32,7 @@ namespace hybrimoe {
 
 namespace {
 
-constexpr const char * backend_name = "HybriMoE";
+constexpr const char * backend_name = plugin_registry_name;
 
 ggml_backend_reg_t registry();
 ggml_backend_dev_t device();
@@ -93,20 +95,34 @@ long process_id() {
 #endif
 }
 
-struct backend_state {
-    explicit backend_state(instance_ticket ticket)
+struct block_instance {
+    explicit block_instance(instance_ticket ticket)
         : id(ticket.id), dispatch(current_settings(), std::move(ticket.data)) {
         show_instance(id, &dispatch);
     }
-    ~backend_state() { forget_instance(id); }
+    ~block_instance() { forget_instance(id); }
 
-    uint64_t id;
+    const uint64_t id;
+    dispatcher dispatch;
+};
+
+struct backend_state {
+    dispatcher & dispatch() {
+        if (made == nullptr) {
+            made = std::make_unique<block_instance>(register_instance());
+        }
+        return made->dispatch;
+    }
+
     const long process = process_id();
     const bool may_log = current_settings().log_to_stderr;
     idleness idle;
-    dispatcher dispatch;
+    std::unique_ptr<block_instance> made;
     // Inputs that are on their way to host memory: one wait for each backend they come from when the graph begins.
     std::vector<graph_input> inputs;
+    int n_threads             = GGML_DEFAULT_N_THREADS;
+    ggml_abort_callback abort = nullptr;
+    void * abort_data         = nullptr;
 };
 
 backend_state & state_of(ggml_backend_t backend) {
@@ -148,7 +164,9 @@ ggml_status backend_graph_compute(ggml_backend_t backend, ggml_cgraph * graph) {
     std::vector<graph_input> inputs;
     inputs.swap(state.inputs);
     try {
-        return state.dispatch.compute(graph, inputs);
+        state.dispatch().set_n_threads(state.n_threads);
+        state.dispatch().set_abort_callback(state.abort, state.abort_data);
+        return state.dispatch().compute(graph, inputs);
     } catch (const std::bad_alloc &) {
         return GGML_STATUS_ALLOC_FAILED;
     } catch (const std::exception & error) {
@@ -189,12 +207,19 @@ ggml_guid_t backend_guid() {
 }
 
 void backend_set_n_threads(ggml_backend_t backend, int n_threads) {
-    state_of(backend).dispatch.set_n_threads(n_threads);
+    if (set_graph_threads(backend, n_threads)) {
+        return;
+    }
+    state_of(backend).n_threads = n_threads;
     state_of(backend).idle.on_graph_announced(state_of(backend).may_log); // llama.cpp sets it before each graph
 }
 
 void backend_set_abort_callback(ggml_backend_t backend, ggml_abort_callback callback, void * data) {
-    state_of(backend).dispatch.set_abort_callback(callback, data);
+    if (set_graph_abort_callback(backend, callback, data)) {
+        return;
+    }
+    state_of(backend).abort      = callback;
+    state_of(backend).abort_data = data;
 }
 
 // --- device
@@ -229,7 +254,11 @@ void device_get_props(ggml_backend_dev_t dev, ggml_backend_dev_props * props) {
 ggml_backend_t device_init_backend(ggml_backend_dev_t dev, const char *) {
     try {
         start_observer();
-        auto state                   = std::make_unique<backend_state>(register_instance());
+        auto state = std::make_unique<backend_state>();
+        // Every context gets an instance of every device. Where graphs are taken whole, most never see a block.
+        if (n_graph_devices() == 0) {
+            state->dispatch();
+        }
         auto made                    = std::make_unique<tables::backend>();
         made->guid                   = backend_guid();
         made->iface.get_name         = backend_get_name;
@@ -288,11 +317,11 @@ const char * registry_get_name(ggml_backend_reg_t) {
 }
 
 size_t registry_get_device_count(ggml_backend_reg_t) {
-    return 1;
+    return 1 + n_graph_devices();
 }
 
-ggml_backend_dev_t registry_get_device(ggml_backend_reg_t, size_t) {
-    return device();
+ggml_backend_dev_t registry_get_device(ggml_backend_reg_t, size_t index) {
+    return index == 0 ? device() : graph_device(index - 1);
 }
 
 void * registry_get_proc_address(ggml_backend_reg_t, const char * name) {
@@ -351,6 +380,7 @@ ggml_backend_reg_t ggml_backend_init(void) {
         return nullptr;
     }
     if (mismatch == nullptr) {
+        make_wrappers(registry());
         return registry();
     }
     if (other.init != nullptr) {

@@ -25,8 +25,11 @@ router_scores find_scores(ggml_tensor ** nodes, const moe_block & block) {
 }
 
 void take_scores(const router_scores & scores, std::vector<float> & out) {
+    take_scores(scores, static_cast<const float *>(scores.tensor->data), out);
+}
+
+void take_scores(const router_scores & scores, const float * values, std::vector<float> & out) {
     const ggml_tensor * t = scores.tensor;
-    const auto * values   = static_cast<const float *>(t->data);
     out.assign(values, values + ggml_nelements(t));
     for (int64_t row = 0; scores.is_logits && row < t->ne[1]; row++) {
         float * p        = out.data() + row * t->ne[0];

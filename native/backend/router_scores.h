@@ -17,5 +17,7 @@ struct router_scores {
 router_scores find_scores(ggml_tensor ** nodes, const moe_block & block);
 // Copies [n_expert, n_tokens] to `out`, turning logits into probabilities.
 void take_scores(const router_scores & scores, std::vector<float> & out);
+// The same from a copy of the tensor's values.
+void take_scores(const router_scores & scores, const float * values, std::vector<float> & out);
 
 } // namespace hybrimoe

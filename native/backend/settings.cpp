@@ -65,6 +65,14 @@ void parse_kernels(const std::string & name, settings & out) {
     out.kernel_set = name;
 }
 
+void parse_front(const std::string & key, const json_value & value, settings & out) {
+    const std::string name = read_text(key, value);
+    if (name != "block" && name != "graph") {
+        throw std::invalid_argument(key + " must be \"block\" or \"graph\", not \"" + name + "\"");
+    }
+    out.front = name == "graph" ? front_end::graph : front_end::block;
+}
+
 void parse_devices(const std::string & key, const json_value & value, settings & out) {
     out.all_devices = value.is_string() && value.get<std::string>() == "auto";
     out.devices.clear();
@@ -229,6 +237,7 @@ const key_reader readers[] = {
                          settings & out) { out.log_to_stderr = read_bool(key, value); }},
     {"pin_experts", [](const std::string & key, const json_value & value,
                        settings & out) { out.pin_experts = read_bool(key, value); }},
+    {"front", parse_front},
     {"faults", parse_faults},
 };
 

@@ -22,6 +22,10 @@ struct expert_cache_size {
     bool is_off() const { return is == kind::slots && n_slots == 0; }
 };
 
+// How the plug-in gets to see experts: as a host buffer's MoE blocks, or as a device that takes llama.cpp's whole graph
+// (graph_front/wrapper.h).
+enum class front_end { block, graph };
+
 // Every expert alike: for tests and experiments. Microseconds.
 struct simple_costs {
     double cpu_us = 0.0, cpu_first_us = 0.0, gpu_us = 0.0, copy_us = 0.0;
@@ -51,6 +55,8 @@ struct fault_plan {
 struct settings {
     cpu_kernels kernels = cpu_kernels::best;
     std::string kernel_set; // with cpu_kernels::named: "avx512", "avxvnni", "avx2" or "scalar"
+
+    front_end front = front_end::block; // counts when the library is loaded
 
     bool all_devices = true;          // every GPU that ggml has; else those named
     std::vector<std::string> devices; // ggml's names, e.g. "CUDA0"; "CPU" is a second CPU backend

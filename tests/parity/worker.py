@@ -384,7 +384,8 @@ SCENARIOS: dict[str, Callable[..., tuple[Arrays, Facts]]] = {
 def answer(request: dict[str, Any], plugin: bool, folder: Path, number: int) -> dict[str, Any]:
     scenario = SCENARIOS[request.pop("scenario")]
     options = {"repack": request.pop("repack", False)}
-    options |= {name: request.pop(name) for name in ("mmap", "settings", "backends", "n_gpu_layers") if name in request}
+    of_model = ("mmap", "settings", "backends", "n_gpu_layers", "front")
+    options |= {name: request.pop(name) for name in of_model if name in request}
     if request.pop("device_first", False):
         load_backend_modules(options["backends"])
         DeviceCalls(options["backends"][0]).stand_first()

@@ -1,5 +1,7 @@
 #include "accelerator/device_port.h"
 
+#include <algorithm>
+#include <cstring>
 #include <iterator>
 #include <stdexcept>
 
@@ -25,9 +27,12 @@ device_port::device_port(ggml_backend_dev_t device, int index, const settings & 
     : device_(device), index_(index), name_(ggml_backend_dev_name(device)),
       is_cpu_(ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU), faults_(config.faults),
       compute_(start(device)), copies_(start(device)) {
-    ggml_backend_dev_props props;
-    ggml_backend_dev_get_props(device, &props);
-    has_events_ = props.caps.events;
+    struct {
+        ggml_backend_dev_props known;
+        char more[256]; // a newer ggml may have further members
+    } props{};
+    ggml_backend_dev_get_props(device, &props.known);
+    has_events_ = props.known.caps.events;
     alignment_  = ggml_backend_buft_get_alignment(ggml_backend_dev_buffer_type(device));
     if (is_cpu_) {
         // A CPU that stands in for an accelerator must not start a team of threads beside the one that computes.
@@ -114,12 +119,26 @@ bool device_port::is_registered(const void * data, size_t n_bytes) const {
 std::vector<ggml_backend_dev_t> choose_devices(const settings & config) {
     std::vector<ggml_backend_dev_t> chosen;
     if (config.all_devices) {
+        std::vector<std::string> ids;
         for (size_t i = 0; i < ggml_backend_dev_count(); i++) {
             ggml_backend_dev_t device = ggml_backend_dev_get(i);
-            const auto type           = ggml_backend_dev_type(device);
-            if (type == GGML_BACKEND_DEVICE_TYPE_GPU || type == GGML_BACKEND_DEVICE_TYPE_IGPU) {
-                chosen.push_back(device);
+            const char * registry     = ggml_backend_reg_name(ggml_backend_dev_backend_reg(device));
+            if (std::strcmp(registry, plugin_registry_name) == 0 || std::strcmp(registry, "RPC") == 0 ||
+                ggml_backend_dev_type(device) != GGML_BACKEND_DEVICE_TYPE_GPU) {
+                continue;
             }
+            // Room for members that a newer ggml may have.
+            struct {
+                ggml_backend_dev_props known;
+                char more[256];
+            } given{};
+            ggml_backend_dev_get_props(device, &given.known);
+            const std::string id = given.known.device_id == nullptr ? "" : given.known.device_id;
+            if (!id.empty() && std::find(ids.begin(), ids.end(), id) != ids.end()) {
+                continue;
+            }
+            ids.push_back(id);
+            chosen.push_back(device);
         }
         return chosen;
     }

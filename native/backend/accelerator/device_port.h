@@ -83,7 +83,12 @@ private:
     backend_ptr copies_;
 };
 
-// The accelerators that the settings name. Throws std::invalid_argument for a name that ggml does not have.
+// ggml's name of the plug-in's registry and of its first device.
+constexpr const char * plugin_registry_name = "HybriMoE";
+
+// The accelerators that the settings name; by default every GPU with memory of its own: no integrated one (its slots
+// would be copies in the same memory), none behind the network, no wrapper of ours, and no card twice where two
+// backends have it. Throws std::invalid_argument for a name that ggml does not have.
 std::vector<ggml_backend_dev_t> choose_devices(const settings & config);
 
 } // namespace hybrimoe

@@ -38,12 +38,12 @@ size_t slot_set::needed_bytes(const device_port & port, const expert_layout & la
     return sum;
 }
 
-bool slot_set::allocate(device_port & port, const expert_layout & layout, int n_slots) {
+bool slot_set::allocate(device_port & port, const expert_layout & layout, int n_slots, bool with_zero) {
     release();
     if (n_slots == 0) {
         return true;
     }
-    context_ptr context = make_tensors(layout, n_slots, tensors_);
+    context_ptr context = make_tensors(layout, n_slots + (with_zero ? 1 : 0), tensors_);
     size_t sum          = 0;
     for (size_t i = 0; i < layout.parts.size(); i++) {
         sum += port.alloc_size(tensors_[i]);

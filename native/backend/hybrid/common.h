@@ -10,9 +10,14 @@
 namespace hybrimoe {
 
 struct common {
-    explicit common(const settings & given) : config(in_force(given)), log(given.log_to_stderr) {}
+    common(const settings & given, ggml_backend_dev_t inner)
+        : config(in_force(given)), inner_device(inner), log(given.log_to_stderr) {}
+
+    // Whether hits are computed by the graph of a device that we wrap (graph_front/): its slots have a zero one.
+    bool in_graph() const { return inner_device != nullptr; }
 
     const settings config;
+    const ggml_backend_dev_t inner_device; // the only accelerator then; null: those that the settings name
     mutable event_log log;
     const step_clock clock;
     layer_book book;

@@ -12,6 +12,8 @@ namespace {
 constexpr size_t max_chunk_pairs = 4096;
 // The worker's call to watch for the end of a decode step; lanes have others.
 constexpr int watch_stage = -1;
+// ... and to say that the copies ordered before it have come.
+constexpr int arrival_stage = -2;
 
 } // namespace
 
@@ -26,7 +28,8 @@ template <class body> bool device_step::timed(body run) {
     return ok;
 }
 
-void device_step::begin(const expert_layout & layout, const routed_pairs & pairs, bool timed) {
+void device_step::begin(const expert_layout & layout, const routed_pairs & pairs, bool timed, bool in_graph) {
+    in_graph_       = in_graph;
     is_timed_       = timed;
     computed_us_    = 0.0;
     computed_until_ = {};
@@ -45,7 +48,7 @@ const device_item * device_step::find(int32_t expert) const {
     return i < 0 ? nullptr : &items_[static_cast<size_t>(i)];
 }
 
-void device_step::launch(const std::vector<copy_order> & orders, bool looks) {
+void device_step::sort_items() {
     item_of_.assign(static_cast<size_t>(layout_->n_expert), -1);
     waiting_.clear();
     resident_.clear();
@@ -54,6 +57,22 @@ void device_step::launch(const std::vector<copy_order> & orders, bool looks) {
         (items_[i].transfer == 0 ? resident_ : waiting_).push_back(i);
     }
     lane_row_.assign(items_.size(), {-1, 0});
+}
+
+void device_step::launch(const std::vector<copy_order> & orders, bool looks) {
+    sort_items();
+    if (in_graph_) {
+        for (const copy_order & order : orders) {
+            if (order.layout != nullptr) {
+                device_.worker.copy(order, true);
+            }
+        }
+        if (!waiting_.empty()) {
+            pending_ = true;
+            device_.worker.call(this, arrival_stage);
+        }
+        return;
+    }
     if (is_decode()) {
         for (const copy_order & order : orders) {
             if (order.layout != nullptr) {
@@ -99,12 +118,13 @@ void device_step::run(int stage) {
     if (abandoned_ || broken_) {
         return;
     }
-    if (is_decode()) {
-        if (stage == watch_stage) {
-            watch_end();
-        } else {
-            launch_lane(1, true);
-        }
+    if (stage == arrival_stage) {
+        pending_ = false;
+    } else if (stage == watch_stage) {
+        watch_end();
+        pending_ = false;
+    } else if (is_decode()) {
+        launch_lane(1, true);
         pending_ = false;
     } else {
         run_batch_stage(static_cast<size_t>(stage));
@@ -131,13 +151,39 @@ void device_step::watch_end() {
     has_seen_end_ = std::chrono::duration<double, std::micro>(seen_end_ - begin).count() > least_wait_us;
 }
 
+bool device_step::wait_for_worker(double timeout_us) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    if (!done_.wait_for(lock, std::chrono::duration<double, std::micro>(timeout_us), [this] { return !pending_; })) {
+        abandoned_ = true;
+    }
+    return abandoned_;
+}
+
+bool device_step::await_copies(double timeout_us) {
+    const bool has_come = !wait_for_worker(timeout_us);
+    for (device_item & item : items_) {
+        item.done = item.transfer == 0 || (has_come && !broken_ && !device_.worker.has_failed(item.transfer));
+    }
+    return !has_come;
+}
+
+int device_step::slot_in_graph(int32_t expert) const {
+    const device_item * item = find(expert);
+    return item == nullptr || !item->done ? -1 : item->slot;
+}
+
+void device_step::watch(ggml_backend_t compute) {
+    if (device_.end_event != nullptr) {
+        ggml_backend_event_record(device_.end_event.get(), compute);
+        pending_ = true;
+        device_.worker.call(this, watch_stage);
+    }
+}
+
 bool device_step::finish(double timeout_us) {
-    {
-        std::unique_lock<std::mutex> lock(mutex_);
-        if (!done_.wait_for(lock, std::chrono::duration<double, std::micro>(timeout_us),
-                            [this] { return !pending_; })) {
-            abandoned_ = true;
-        }
+    wait_for_worker(timeout_us);
+    if (in_graph_) {
+        return abandoned_;
     }
     device_.compute.synchronize();
     if ((abandoned_ || broken_) && !is_decode()) {
@@ -299,7 +345,7 @@ void device_step::end_batch() {
 const float * device_step::row(int64_t token, int32_t k) const {
     const int64_t pair       = token * pairs_.top_k + k;
     const device_item * item = find(pairs_.ids[pair]);
-    if (item == nullptr || !item->done) {
+    if (item == nullptr || !item->done || in_graph_) {
         return nullptr;
     }
     if (is_decode()) {
@@ -311,7 +357,7 @@ const float * device_step::row(int64_t token, int32_t k) const {
 
 void device_step::add_to(float * y, size_t y_token_bytes) const {
     const int64_t n_embd = layout_->n_embd;
-    for (int64_t t = 0; t < pairs_.n_tokens; t++) {
+    for (int64_t t = 0; t < pairs_.n_tokens && !in_graph_; t++) {
         auto * out = reinterpret_cast<float *>(reinterpret_cast<char *>(y) + static_cast<size_t>(t) * y_token_bytes);
         if (batch_sum_) {
             const float * in = device_.compute.batch_result() + t * n_embd;

@@ -49,7 +49,9 @@ class device_step : public worker_call {
 public:
     explicit device_step(accelerator & device) : device_(device) {}
 
-    void begin(const expert_layout & layout, const routed_pairs & pairs, bool timed);
+    // `in_graph`: the graph of whoever calls computes the items, in their slots, once their copies have come; nothing
+    // is computed here, and there are no results.
+    void begin(const expert_layout & layout, const routed_pairs & pairs, bool timed, bool in_graph);
     std::vector<device_item> & items() { return items_; }
     const std::vector<device_item> & items() const { return items_; }
     bool has_work() const { return !items_.empty(); }
@@ -58,6 +60,12 @@ public:
     // one; those whose transfer was ordered in an earlier step have no order here (layout is null). `looks`: the worker
     // watches for the end, if it has nothing else to do and the device has events.
     void launch(const std::vector<copy_order> & orders, bool looks);
+    // In a graph: waits for the copies, after which items that have come are done; true when the step was abandoned.
+    bool await_copies(double timeout_us);
+    // The slot in which the graph computes an expert; -1: it does not.
+    int slot_in_graph(int32_t expert) const;
+    // In a graph: the worker watches for the end of what was queued on `compute` so far, where the device has events.
+    void watch(ggml_backend_t compute);
     // Waits until all is computed, or until the timeout has passed with a copy outstanding: then the items that wait
     // are not done, and the step is abandoned (true).
     bool finish(double timeout_us);
@@ -81,6 +89,8 @@ public:
 private:
     bool is_decode() const { return pairs_.n_tokens == 1; }
     const device_item * find(int32_t expert) const;
+    void sort_items();
+    bool wait_for_worker(double timeout_us);
     void launch_lane(int lane, bool waiting);
     void watch_end();
     void run_batch_stage(size_t stage);
@@ -108,6 +118,7 @@ private:
     bool batch_open_ = false;
     bool batch_sum_  = false; // the result is one row per token
 
+    bool in_graph_      = false;
     bool is_timed_      = false;
     double computed_us_ = 0.0;
     std::chrono::steady_clock::time_point computed_until_;

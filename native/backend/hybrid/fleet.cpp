@@ -63,7 +63,9 @@ std::vector<std::vector<int32_t>> fleet::residents() const {
 bool fleet::open(std::string & why_not) {
     const layer_book & book = shared_.book;
     try {
-        for (ggml_backend_dev_t device : choose_devices(shared_.config)) {
+        const std::vector<ggml_backend_dev_t> chosen =
+            shared_.in_graph() ? std::vector{shared_.inner_device} : choose_devices(shared_.config);
+        for (ggml_backend_dev_t device : chosen) {
             if (devices_.size() == max_devices) {
                 shared_.log.add("more than %d accelerators: the others are not used", max_devices);
                 break;
@@ -122,7 +124,8 @@ void fleet::allocate(accelerator & device, std::vector<int> & slots) {
     for (int layer = 0; layer < shared_.book.n_layers(); layer++) {
         int & n = slots[static_cast<size_t>(layer)];
         n       = std::min(n, most);
-        while (n > 0 && !device.of_layer(layer).allocate(device.port, shared_.book.layer(layer).layout, n)) {
+        while (n > 0 &&
+               !device.of_layer(layer).allocate(device.port, shared_.book.layer(layer).layout, n, shared_.in_graph())) {
             n    = shared_.config.reproducible ? 0 : n / 2; // half a layer is no fixed placement
             most = n;
             if (!told) {
@@ -297,7 +300,7 @@ void fleet::lay_out(int device, const std::vector<int> & slots, std::vector<int>
     for (const int layer : changed) {
         slot_set & set = on.of_layer(layer);
         int n          = slots[static_cast<size_t>(layer)];
-        while (n > 0 && !set.allocate(on.port, shared_.book.layer(layer).layout, n)) {
+        while (n > 0 && !set.allocate(on.port, shared_.book.layer(layer).layout, n, shared_.in_graph())) {
             n /= 2;
         }
         if (n != slots[static_cast<size_t>(layer)] && runtime_->resize(layer, device, n, moves).ok()) {

@@ -21,8 +21,8 @@ constexpr int most_learning_passes     = 3;  // a model may really ask for all e
 } // namespace
 
 hybrid::hybrid(const settings & config, std::shared_ptr<counters> data, cpu_timer & timer,
-               const kernels::kernel_set * kernels)
-    : shared_(config), counters_(std::move(data)), timer_(timer), kernels_(kernels),
+               const kernels::kernel_set * kernels, ggml_backend_dev_t inner)
+    : shared_(config, inner), counters_(std::move(data)), timer_(timer), kernels_(kernels),
       step_(shared_, fleet_, governor_, routers_, recording_, reproducibility_, *counters_) {
     if (config.faults.pause_us > 0) {
         pause_ = sharing_pause(static_cast<double>(config.faults.pause_us));
@@ -163,7 +163,7 @@ void hybrid::on_learnt_pass() {
     introduce();
 }
 
-bool hybrid::prepare(const moe_block & block, const described_block & described, bool exact) {
+bool hybrid::prepare(const moe_block & block, const described_block & described, bool exact, bool in_graph) {
     std::lock_guard<std::mutex> lock(mutex_);
     layer_book & book   = shared_.book;
     const bool is_known = book.is_known(described);
@@ -195,8 +195,23 @@ bool hybrid::prepare(const moe_block & block, const described_block & described,
         pass_is_decode_ = pass_is_decode_ && block.n_tokens() <= governor::most_decode_tokens;
         pass_tokens_    = block.n_tokens();
     }
-    step_.begin(layer, block, exact);
+    step_.begin(layer, block, exact, in_graph && phase_ == phase::ready && fleet_[0].of_layer(layer).n_slots() > 0);
     return true;
+}
+
+const slot_set * hybrid::slots_in_graph() const {
+    return step_.in_graph() && step_.is_planned() && step_.n_gpu() > 0 ? &fleet_[0].of_layer(step_.layer()) : nullptr;
+}
+
+const uint8_t * hybrid::settle_in_graph() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    try {
+        return step_.settle_in_graph();
+    } catch (const std::exception & error) {
+        fail_step(error.what());
+        step_.leave_to_cpu();
+        return nullptr;
+    }
 }
 
 void hybrid::set_input(const float * x, size_t x_token_bytes, bool is_gate_input, const device_rows & there) {

@@ -30,13 +30,23 @@ namespace hybrimoe {
 class hybrid : public block_share {
 public:
     // `kernels` compute look-ahead routers; may be null, then there is no look-ahead.
+    // `inner`: see common.
     hybrid(const settings & config, std::shared_ptr<counters> data, cpu_timer & timer,
-           const kernels::kernel_set * kernels);
+           const kernels::kernel_set * kernels, ggml_backend_dev_t inner);
     ~hybrid() override;
 
     // Before a block runs, on the calling thread: learns the layers in the first pass, then sets everything up; later
     // looks after memory and guard between two tokens. True when route() must be called for this block.
-    bool prepare(const moe_block & block, const described_block & described, bool exact);
+    // `in_graph`: see step; a graph's block may have its hits computed there when the layer has_slots().
+    bool prepare(const moe_block & block, const described_block & described, bool exact, bool in_graph = false);
+    bool knows(const described_block & described) const { return shared_.book.is_known(described); }
+    // The accelerator's slots of the block at hand, null where it has none; in a graph, and the calls of step for it.
+    const slot_set * slots_in_graph() const;
+    const uint8_t * settle_in_graph();
+    int slot_in_graph(int32_t expert) const { return step_.slot_in_graph(expert); }
+    bool is_watched() const { return step_.is_watched(); }
+    void watch(ggml_backend_t compute) { step_.watch(compute); }
+    void add_inline_us(double us) { step_.add_inline_us(us); }
 
     // The step's x, [n_embd, n_tokens], whether the router reads the same, and where else it is; before route().
     void set_input(const float * x, size_t x_token_bytes, bool is_gate_input, const device_rows & there);
@@ -59,6 +69,8 @@ public:
     const float * row(int64_t token, int32_t k) const { return step_.row(token, k); }
     void end_block();
 
+    // The layer of a block, whether or not it is shared; null for experts that cannot be moved, and until it was met.
+    const known_layer * find_layer(const described_block & described) const { return shared_.book.find(described); }
     const expert_layout & layout() const { return shared_.book.layer(step_.layer()).layout; }
     const routed_pairs & pairs() const { return step_.pairs(); }
     // Whether the block at hand was planned, so that the two counts below are its.

@@ -8,6 +8,11 @@ bool layer_book::is_known(const described_block & described) const {
     return by_experts_.count(described.layer.down.data) != 0;
 }
 
+const known_layer * layer_book::find(const described_block & described) const {
+    const auto found = by_experts_.find(described.layer.down.data);
+    return found == by_experts_.end() || found->second < 0 ? nullptr : &layer(found->second);
+}
+
 int layer_book::find(const moe_block & block, const described_block & described) {
     const void * identity = described.layer.down.data;
     const auto found      = by_experts_.find(identity);

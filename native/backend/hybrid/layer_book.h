@@ -29,6 +29,7 @@ public:
     // for.
     int find(const moe_block & block, const described_block & described);
     bool is_known(const described_block & described) const;
+    const known_layer * find(const described_block & described) const;
     // Whether some layer has only been asked for all of its experts: by a warm-up, or the model is like that.
     bool may_be_warm_up() const;
     void close() { closed_ = true; }

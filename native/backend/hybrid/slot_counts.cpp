@@ -111,6 +111,9 @@ double free_for_slots(const common & shared, const device_port & port) {
                                                                               book.max_top_k())));
         work += n_scratch_slots * static_cast<double>(layout.expert_bytes());
     }
+    for (int layer = 0; layer < book.n_layers() && shared.in_graph(); layer++) {
+        work += static_cast<double>(book.layer(layer).layout.expert_bytes()); // its zero slot
+    }
     return std::max(0.0, static_cast<double>(port.free_bytes()) - work);
 }
 

@@ -21,7 +21,7 @@ void step::start(runtime & rt, bool looks_ahead) {
 // ---------------------------------------------------------------------------------------------------------------
 // the block as it comes
 
-void step::begin(int layer, const moe_block & block, bool exact) {
+void step::begin(int layer, const moe_block & block, bool exact, bool in_graph) {
     layer_          = layer;
     is_planned_     = false;
     n_expert_       = block.n_expert;
@@ -29,6 +29,8 @@ void step::begin(int layer, const moe_block & block, bool exact) {
     pairs_.n_tokens = block.n_tokens();
     pairs_.top_k    = static_cast<int32_t>(block.top_k());
     pairs_.exact    = exact;
+    in_graph_       = in_graph;
+    is_settled_     = false;
     any_rest_       = false;
     begin_us_       = shared_.clock.now_us();
 }
@@ -79,7 +81,7 @@ status step::plan(const float * scores) {
     devices_.take_results();
     event_              = event_of(scores);
     layer_event & event = event_;
-    event.scratch       = pairs_.n_tokens > 1 && devices_.has_scratch(layer_);
+    event.scratch       = pairs_.n_tokens > 1 && devices_.has_scratch(layer_) && !in_graph_;
     for (int distance = 1; distance <= max_lookahead; distance++) {
         const bool same = layer_ + distance < shared_.book.n_layers() &&
                           shared_.book.layer(layer_ + distance).layout.n_expert == shared_.book.max_experts();
@@ -134,7 +136,7 @@ void step::add_items() {
     n_cpu_ = n_gpu_ = 0;
     next_scratch_   = 0;
     for (int d = 0; d < devices_.size(); d++) {
-        devices_[d].share->begin(layout, pairs_, devices_[d].port.is_cpu());
+        devices_[d].share->begin(layout, pairs_, devices_[d].port.is_cpu(), in_graph_);
         devices_[d].orders.clear();
     }
     for (const bool loading : {false, true}) {
@@ -187,13 +189,13 @@ void step::add_items() {
 void step::launch() {
     launch_begin_us_    = shared_.clock.now_us();
     computed_inline_us_ = 0.0;
-    const bool looks    = event_.trial.wanted && event_.trial.what.kind == resource_kind::gpu;
+    const bool looks    = is_watched();
     for (int d = 0; d < devices_.size(); d++) {
         accelerator & device = devices_[d];
         if (device.share->has_work()) {
             device.launch_us = shared_.clock.now_us();
             device.share->launch(device.orders, looks && event_.trial.what.device == d);
-            computed_inline_us_ += device.port.is_cpu() ? shared_.clock.now_us() - device.launch_us : 0.0;
+            computed_inline_us_ += device.port.is_cpu() && !in_graph_ ? shared_.clock.now_us() - device.launch_us : 0.0;
         }
     }
     for (const transfer & t : decision_->transfers) {
@@ -216,15 +218,48 @@ const uint8_t * step::share_out() {
         }
         routers_.check(layer_, active_.data(), active_.size(), pairs_.top_k);
     }
-    const size_t n_pairs = static_cast<size_t>(pairs_.n_tokens * pairs_.top_k);
-    take_.resize(n_pairs);
-    rest_.resize(n_pairs); // so that leave_to_cpu() needs no memory
-    for (size_t p = 0; p < n_pairs; p++) {
-        take_[p] = where_[static_cast<size_t>(pairs_.ids[p])] == cpu_device ? 1 : 0;
-    }
+    mark_cpu_pairs();
+    rest_.resize(take_.size()); // so that leave_to_cpu() needs no memory
     is_planned_   = true;
     route_end_us_ = shared_.clock.now_us();
     return n_gpu_ == 0 ? nullptr : take_.data();
+}
+
+void step::mark_cpu_pairs() {
+    take_.resize(static_cast<size_t>(pairs_.n_tokens * pairs_.top_k));
+    for (size_t p = 0; p < take_.size(); p++) {
+        take_[p] = where_[static_cast<size_t>(pairs_.ids[p])] == cpu_device ? 1 : 0;
+    }
+}
+
+const uint8_t * step::settle_in_graph() {
+    for (int d = 0; d < devices_.size(); d++) {
+        if (devices_[d].share->has_work() && devices_[d].share->await_copies(patience_us())) {
+            devices_.set_aside(d, patience_us());
+        }
+    }
+    find_rest();
+    for (int32_t & device : where_) {
+        device = device == nowhere ? cpu_device : device;
+    }
+    mark_cpu_pairs();
+    is_settled_   = true;
+    timing_       = layer_timing();
+    route_end_us_ = shared_.clock.now_us(); // until here the CPU was not free for its share
+    return n_gpu_ == 0 ? nullptr : take_.data();
+}
+
+int step::slot_in_graph(int32_t expert) const {
+    return devices_[0].share->slot_in_graph(expert);
+}
+
+void step::watch(ggml_backend_t compute) {
+    devices_[0].share->watch(compute);
+}
+
+double step::patience_us() const {
+    return shared_.config.faults.copy_patience_us > 0 ? static_cast<double>(shared_.config.faults.copy_patience_us)
+                                                      : copy_patience_us + copy_patience * decision_->plan.makespan_us;
 }
 
 void step::give_up() noexcept try {
@@ -252,14 +287,11 @@ void step::give_up() noexcept try {
 // finish
 
 void step::finish() {
-    any_rest_ = false;
+    any_rest_ = any_rest_ && is_settled_;
     if (!is_planned_) {
         return;
     }
     const double wait_begin_us = shared_.clock.now_us();
-    const double patience_us   = shared_.config.faults.copy_patience_us > 0
-                                     ? static_cast<double>(shared_.config.faults.copy_patience_us)
-                                     : copy_patience_us + copy_patience * decision_->plan.makespan_us;
     timing_                    = layer_timing();
     timing_.cpu_begin_us       = route_end_us_;
     timing_.cpu_us             = wait_begin_us - route_end_us_;
@@ -270,8 +302,8 @@ void step::finish() {
         if (!share.has_work()) {
             continue;
         }
-        if (share.finish(patience_us)) {
-            devices_.set_aside(d, patience_us);
+        if (share.finish(patience_us())) {
+            devices_.set_aside(d, patience_us());
         }
         // A device ended by now; when it did so shows where it was waited for, or looked at, or computes in the call.
         const double begin_us   = waited_us;
@@ -279,7 +311,11 @@ void step::finish() {
         timing_.gpu_is_known[d] = true;
         timing_.gpu_at_most[d]  = waited_us - begin_us < least_wait_us && !share.has_seen_end();
         timing_.gpu_us[d]       = waited_us - device.launch_us;
-        if (device.port.is_cpu()) {
+        if (in_graph_) { // nobody waits for it here: the next layer's ids come when it has ended
+            timing_.gpu_is_known[d] = share.has_seen_end();
+            timing_.gpu_at_most[d]  = false;
+            timing_.gpu_us[d]       = shared_.clock.of_us(share.seen_end()) - device.launch_us;
+        } else if (device.port.is_cpu()) {
             timing_.gpu_at_most[d] = false;
             timing_.gpu_us[d]      = share.computed_us();
         } else if (share.has_seen_end()) {
@@ -291,8 +327,11 @@ void step::finish() {
     if (shared_.config.faults.fail_finish > 0 && ++n_finished_ == shared_.config.faults.fail_finish) {
         throw std::runtime_error("a step that fails at its end on purpose");
     }
-    find_rest();
+    if (!is_settled_) {
+        find_rest();
+    }
     timing_.is_complete = !any_rest_;
+    any_rest_           = any_rest_ && !is_settled_; // the CPU has computed it with the others
     done_block done;
     done.layer           = layer_;
     done.n_cpu           = n_cpu_;

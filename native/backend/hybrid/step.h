@@ -28,11 +28,22 @@ public:
     // Blocks are planned from now on; `looks_ahead`: routers of later layers are applied.
     void start(runtime & rt, bool looks_ahead);
 
-    void begin(int layer, const moe_block & block, bool exact);
+    // `in_graph`: the accelerator's share is computed by the graph of whoever calls.
+    void begin(int layer, const moe_block & block, bool exact, bool in_graph);
     void set_input(const float * x, size_t x_token_bytes, const device_rows & there);
     void set_routing(const int32_t * ids, const float * weights);
     layer_event event_of(const float * scores); // what the router said
     status plan(const float * scores);
+    // In a graph of ours, after share_out(): waits for copies that the plan wants now. The CPU's pairs then, as
+    // share_out() gives them; what did not come is theirs, too.
+    const uint8_t * settle_in_graph();
+    // The slot of a pair's expert in the only accelerator, after settle_in_graph(); -1: the pair is the CPU's.
+    int slot_in_graph(int32_t expert) const;
+    // Whether someone wants to know when the accelerator ends; then watch() is called once its work is queued.
+    bool is_watched() const { return event_.trial.wanted && event_.trial.what.kind == resource_kind::gpu; }
+    void watch(ggml_backend_t compute);
+    // Time in which the calling thread itself did the accelerator's work.
+    void add_inline_us(double us) { computed_inline_us_ += us; }
     // Launches what accelerators compute. The CPU's pairs ([top_k, n_tokens], non-zero: compute); null: all of them.
     const uint8_t * share_out();
     // The block failed on its way to the accelerators, whatever was done of it: waits for what was started, since it
@@ -46,6 +57,7 @@ public:
 
     int layer() const { return layer_; }
     const routed_pairs & pairs() const { return pairs_; }
+    bool in_graph() const { return in_graph_; }
     bool is_planned() const { return is_planned_; }
     int n_cpu() const { return n_cpu_; }
     int n_gpu() const { return n_gpu_; }
@@ -60,6 +72,8 @@ private:
     copy_order order_of(const transfer & t);
     void add_items();
     void launch();
+    double patience_us() const;
+    void mark_cpu_pairs();
     void find_rest();
     void judge_step();
     void count_step(double wait_begin_us, double end_us);
@@ -80,7 +94,9 @@ private:
     bool is_planned_           = false;
     const decision * decision_ = nullptr;
     std::vector<uint8_t> take_, rest_;
-    bool any_rest_ = false;
+    bool any_rest_   = false;
+    bool in_graph_   = false;
+    bool is_settled_ = false;    // in a graph: what came and what did not is known
     std::vector<int32_t> where_; // per expert: accelerator, or -1
     std::vector<int32_t> active_;
     std::vector<float> wide_scores_;

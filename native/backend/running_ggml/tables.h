@@ -18,8 +18,8 @@ struct buffer_type_functions_2 {
     const char * (*get_name)(ggml_backend_buffer_type_t);
     ggml_backend_buffer_t (*alloc_buffer)(ggml_backend_buffer_type_t, size_t size);
     size_t (*get_alignment)(ggml_backend_buffer_type_t);
-    void * get_max_size;
-    void * get_alloc_size;
+    size_t (*get_max_size)(ggml_backend_buffer_type_t);
+    size_t (*get_alloc_size)(ggml_backend_buffer_type_t, const ggml_tensor *);
     bool (*is_host)(ggml_backend_buffer_type_t);
 };
 
@@ -28,8 +28,8 @@ struct buffer_type_functions_3 {
     ggml_backend_buffer_t (*alloc_buffer)(ggml_backend_buffer_type_t, size_t size);
     void * alloc_buffer_n;
     size_t (*get_alignment)(ggml_backend_buffer_type_t);
-    void * get_max_size;
-    void * get_alloc_size;
+    size_t (*get_max_size)(ggml_backend_buffer_type_t);
+    size_t (*get_alloc_size)(ggml_backend_buffer_type_t, const ggml_tensor *);
     void * get_alloc_size_n;
     bool (*is_host)(ggml_backend_buffer_type_t);
 };
@@ -51,20 +51,20 @@ struct buffer {
 struct backend_functions {
     const char * (*get_name)(ggml_backend_t);
     void (*free)(ggml_backend_t);
-    void * set_tensor_async;
-    void * get_tensor_async;
+    void (*set_tensor_async)(ggml_backend_t, ggml_tensor *, const void * data, size_t offset, size_t size);
+    void (*get_tensor_async)(ggml_backend_t, const ggml_tensor *, void * data, size_t offset, size_t size);
     void * set_tensor_2d_async;
     void * get_tensor_2d_async;
     bool (*cpy_tensor_async)(ggml_backend_t source, ggml_backend_t target, const ggml_tensor * from, ggml_tensor * to);
-    void * synchronize;
+    void (*synchronize)(ggml_backend_t);
     void * graph_plan_create;
     void * graph_plan_free;
     void * graph_plan_update;
     void * graph_plan_compute;
     ggml_status (*graph_compute)(ggml_backend_t, ggml_cgraph *);
-    void * event_record;
-    void * event_wait;
-    void * graph_optimize;
+    void (*event_record)(ggml_backend_t, ggml_backend_event_t);
+    void (*event_wait)(ggml_backend_t, ggml_backend_event_t);
+    void (*graph_optimize)(ggml_backend_t, ggml_cgraph *, void * params);
 };
 
 struct backend {
@@ -82,14 +82,14 @@ struct device_functions {
     void (*get_props)(ggml_backend_dev_t, ggml_backend_dev_props *);
     ggml_backend_t (*init_backend)(ggml_backend_dev_t, const char * params);
     ggml_backend_buffer_type_t (*get_buffer_type)(ggml_backend_dev_t);
-    void * get_host_buffer_type;
+    ggml_backend_buffer_type_t (*get_host_buffer_type)(ggml_backend_dev_t);
     ggml_backend_buffer_t (*buffer_from_host_ptr)(ggml_backend_dev_t, void * data, size_t size, size_t max_tensor_size);
     bool (*supports_op)(ggml_backend_dev_t, const ggml_tensor *);
     bool (*supports_buft)(ggml_backend_dev_t, ggml_backend_buffer_type_t);
-    void * offload_op;
-    void * event_new;
-    void * event_free;
-    void * event_synchronize;
+    bool (*offload_op)(ggml_backend_dev_t, const ggml_tensor *);
+    ggml_backend_event_t (*event_new)(ggml_backend_dev_t);
+    void (*event_free)(ggml_backend_dev_t, ggml_backend_event_t);
+    void (*event_synchronize)(ggml_backend_dev_t, ggml_backend_event_t);
 };
 
 struct device {
