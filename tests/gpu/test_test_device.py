@@ -142,7 +142,8 @@ def test_calls_of_a_step(
     setup, *calls = reply.facts["calls"]
     assert setup["allocations"] == 2 and setup["streams_made"] == 1
     n_nodes = setup["nodes"]
-    for call in calls:
+    for i, call in enumerate(calls, 1):
+        assert call["graphs_changed"] == (1 if i % 4 == 0 else 0)  # with the first step of each size
         assert {key: call[key] for key in STEP} == STEP
         assert call["nodes"] == n_nodes
         assert not any(value for key, value in call.items() if "pageable" in key or "queries" in key or "failed" in key)
@@ -170,6 +171,15 @@ def test_trace(
 def test_memory_has_an_end(with_device: Callable[..., Side], ask: Callable[..., Reply], model: Callable[[str], Path]) -> None:
     with pytest.raises(WorkerFailedError, match="cannot load"):
         ask(with_device(MIB="1"), model("qwen3moe"), prefill=[3])
+
+
+@pytest.mark.parametrize("which", ["1", "2-"])
+def test_allocations_that_fail(
+    with_device: Callable[..., Side], ask: Callable[..., Reply], model: Callable[[str], Path], which: str
+) -> None:
+    """llama.cpp's own: the weights, the context."""
+    with pytest.raises(WorkerFailedError, match="cannot load" if which == "1" else "context"):
+        ask(with_device(FAIL=which), model("qwen3moe"), prefill=[3])
 
 
 def test_wrong_settings(with_device: Callable[..., Side], ask: Callable[..., Reply], model: Callable[[str], Path]) -> None:

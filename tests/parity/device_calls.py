@@ -20,6 +20,10 @@ class DeviceCalls:
         """Begin a new window."""
         self._library.test_device_reset_counts()
 
+    def stand_first(self) -> None:
+        """Put the device before the CPU in ggml's list, as a GPU that llama.cpp is compiled for; before it is used."""
+        self._library.test_device_stand_first()
+
     def window(self) -> dict[str, int]:
         """Counts since the last reset."""
         return self._read("window")

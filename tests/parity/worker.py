@@ -24,6 +24,8 @@ import numpy as np
 from device_calls import DeviceCalls
 from llama_forward import Context, ForwardError, Model, Tensors
 
+from hybrimoe.native.backend_modules import load_backend_modules
+
 Arrays = dict[str, "np.ndarray[Any, Any]"]
 Facts = dict[str, Any]
 
@@ -384,6 +386,9 @@ def answer(request: dict[str, Any], plugin: bool, folder: Path, number: int) -> 
     options = {"repack": request.pop("repack", False)}
     of_model = ("mmap", "settings", "backends", "n_gpu_layers", "front")
     options |= {name: request.pop(name) for name in of_model if name in request}
+    if request.pop("device_first", False):
+        load_backend_modules(options["backends"])
+        DeviceCalls(options["backends"][0]).stand_first()
     try:
         with Model(request.pop("model"), plugin=plugin, **options) as model:
             arrays, facts = scenario(model, **request)

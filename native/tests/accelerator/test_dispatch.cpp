@@ -6,6 +6,7 @@
 #include "observer/trace_feed.h"
 #include "settings.h"
 #include "small_model.h"
+#include "test_device.h"
 
 #include "ggml-backend.h"
 
@@ -22,6 +23,16 @@ using namespace hybrimoe;
 namespace {
 
 constexpr int n_threads = 2;
+bool is_late            = false; // the accelerators are test devices
+
+// Settings with test devices in the place of CPUs.
+std::string with_devices(std::string json) {
+    const std::string cpu = "\"CPU\"";
+    for (int i = 0; is_late && json.find(cpu) != std::string::npos; i++) {
+        json.replace(json.find(cpu), cpu.size(), "\"TEST" + std::to_string(i) + "\"");
+    }
+    return json;
+}
 
 struct expectation {
     double nmse    = 0.0;  // 0: the same bits
@@ -85,11 +96,11 @@ void play(const char * name, const small_model::shape & shape, const std::string
     const int n_failed_before = check::n_failed();
     const small_model::model model(shape, 5);
     const reference plain;
-    const settings config =
-        parse_settings(small_model::settings_json("\"observe\": true" + (more.empty() ? "" : ", " + more)), settings());
-    auto data     = std::make_shared<counters>();
-    double worst  = 0.0;
-    bool is_equal = true;
+    const settings usual  = parse_settings(with_devices(small_model::settings_json("\"observe\": true")), settings());
+    const settings config = more.empty() ? usual : parse_settings(with_devices("{" + more + "}"), usual);
+    auto data             = std::make_shared<counters>();
+    double worst          = 0.0;
+    bool is_equal         = true;
     std::string state;
     {
         dispatcher ours(config, data);
@@ -197,6 +208,11 @@ void play_without_memory() {
 
 int main(int argc, char ** argv) {
     const std::string which = argc > 1 ? argv[1] : "";
+    is_late                 = argc > 2 && std::string(argv[2]) == "late";
+    if (is_late) {
+        setenv("HYBRIMOE_TEST_DEVICES", "2", 1);
+        ggml_backend_register(test_device_registry());
+    }
     if (which.empty() || which == "all") {
         play_all();
     }

@@ -76,9 +76,13 @@ void trace(const call & one) {
     text("first", one.first);
     text("last", one.last);
     text("host", one.host);
-    if (one.waited >= 0) {
-        append(line, "waited", one.waited != 0 ? "true" : "false");
-    }
+    const auto truth = [&](const char * key, int value) {
+        if (value >= 0) {
+            append(line, key, value != 0 ? "true" : "false");
+        }
+    };
+    truth("waited", one.waited);
+    truth("changed", one.changed);
     std::lock_guard<std::mutex> lock(trace_mutex);
     std::fprintf(trace_file, "%s}\n", line.c_str());
     std::fflush(trace_file); // the process may be about to abort

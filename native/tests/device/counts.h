@@ -23,6 +23,7 @@ struct call {
     const char * last  = nullptr;
     const char * host  = nullptr; // pinned or pageable
     int waited         = -1;
+    int changed        = -1;
 };
 
 void add(count what, int64_t n = 1);

@@ -13,8 +13,7 @@ bool is_empty(const ggml_tensor * t) {
     return ggml_nelements(t) == 0;
 }
 
-} // namespace
-
+// Nothing to compute: views and reshapes, and what ggml keeps in a graph without computing it.
 bool is_nothing(const ggml_tensor * node) {
     switch (node->op) {
     case GGML_OP_NONE:
@@ -24,8 +23,96 @@ bool is_nothing(const ggml_tensor * node) {
     case GGML_OP_TRANSPOSE:
         return true;
     default:
-        return is_empty(node);
+        return is_empty(node) || (node->flags & GGML_TENSOR_FLAG_COMPUTE) == 0;
     }
+}
+
+// ggml's graph, from the interface of ggml 0.25 to 0.27.
+struct graph_layout {
+    int size;
+    int n_nodes;
+    int n_leafs;
+    ggml_tensor ** nodes;
+    void * tensors[3]; // gradients, accumulators, leafs
+    void * use_counts;
+    struct {
+        size_t size;
+        void * used;
+        void * keys;
+    } visited;
+    int order;
+    uint64_t uid;
+};
+
+const graph_layout & layout_of(const ggml_cgraph * graph) {
+    return *reinterpret_cast<const graph_layout *>(graph);
+}
+
+// All that a recorded graph holds of the nodes and of where their sources are.
+std::vector<char> properties_of(ggml_cgraph * graph) {
+    std::vector<char> all;
+    const auto append = [&](const auto & value) {
+        const auto * bytes = reinterpret_cast<const char *>(&value);
+        all.insert(all.end(), bytes, bytes + sizeof(value));
+    };
+    for (int i = 0; i < ggml_graph_n_nodes(graph); i++) {
+        const ggml_tensor * node = ggml_graph_node(graph, i);
+        append(*node);
+        for (const ggml_tensor * from : node->src) {
+            if (from != nullptr) {
+                append(from->data);
+                append(from->ne);
+                append(from->nb);
+            }
+        }
+    }
+    return all;
+}
+
+} // namespace
+
+uint64_t uid_of(const ggml_cgraph * graph) {
+    return layout_of(graph).uid;
+}
+
+bool knows_graphs() {
+    ggml_init_params params{};
+    params.mem_size        = ggml_graph_overhead_custom(3, false) + ggml_tensor_overhead();
+    params.no_alloc        = true;
+    ggml_context * context = ggml_init(params);
+    ggml_cgraph * graph    = ggml_new_graph_custom(context, 3, false);
+    ggml_graph_add_node(graph, ggml_new_tensor_1d(context, GGML_TYPE_F32, 1));
+    const graph_layout & seen = layout_of(graph);
+    const bool knows          = seen.size == ggml_graph_size(graph) && seen.n_nodes == ggml_graph_n_nodes(graph) &&
+                                seen.nodes == ggml_graph_nodes(graph) && seen.n_leafs == 0 && seen.uid == 0;
+    ggml_free(context);
+    return knows;
+}
+
+graph_memory::found graph_memory::of(ggml_cgraph * graph, const device_memory & memory, const char * device) {
+    const int n = ggml_graph_n_nodes(graph);
+    if (n == 0) {
+        return {std::make_shared<graph_copy>(graph, memory, device), false};
+    }
+    remembered & last  = graphs_[ggml_graph_node(graph, 0)];
+    const uint64_t uid = uid_of(graph);
+    if (uid != 0 && uid == last.uid) {
+        if (n != last.n_nodes) {
+            complain("%s was given a graph of %d nodes whose uid is that of one with %d", device, n, last.n_nodes);
+        }
+        for (const region_ptr & used : last.graph->uses) {
+            if (memory.find(used->begin, used->size) != used) {
+                complain(
+                    "%s was given a graph whose uid says that it is the same as before, but memory of that is freed",
+                    device);
+            }
+        }
+        return {last.graph, true};
+    }
+    std::vector<char> properties = properties_of(graph);
+    const bool is_same           = properties == last.properties;
+    last                         = {uid, n, std::move(properties), std::make_shared<graph_copy>(graph, memory, device)};
+    return {last.graph, is_same};
 }
 
 graph_copy::graph_copy(ggml_cgraph * of, const device_memory & device, const char * name) {

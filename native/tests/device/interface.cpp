@@ -9,6 +9,8 @@
 #include "ggml-backend-impl.h"
 
 #include <algorithm>
+#include <atomic>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -43,6 +45,7 @@ struct settings {
     std::vector<std::string> ids{};
     bool reuse        = true;
     bool may_register = true;
+    size_t fail_from = 0, fail_until = 0; // allocations from 1 on; 0: none
 };
 
 std::vector<std::string> split(const std::string & text) {
@@ -104,6 +107,15 @@ settings read_settings() {
     with("HYBRIMOE_TEST_DEVICE_REGISTER", [&](const char * variable, const std::string & text) {
         out.may_register = choice<bool>(variable, text, {{"1", true}, {"0", false}});
     });
+    with("HYBRIMOE_TEST_DEVICE_FAIL", [&](const char * variable, const std::string & text) {
+        const size_t dash = text.find('-');
+        out.fail_from     = number_of(variable, text.substr(0, dash));
+        out.fail_until    = out.fail_from;
+        if (dash != std::string::npos) {
+            const std::string last = text.substr(dash + 1);
+            out.fail_until         = last.empty() ? SIZE_MAX : number_of(variable, last);
+        }
+    });
     with("HYBRIMOE_TEST_DEVICE_TRACE", [](const char *, const std::string & text) { open_trace(text.c_str()); });
     return out;
 }
@@ -132,6 +144,7 @@ struct module_state {
     buffer_type<buffer_type_functions_2> host_type_2{};
     buffer_type<buffer_type_functions_3> host_type_3{};
     ggml_backend_buffer_type_t host_type = nullptr;
+    std::atomic<size_t> n_allocations{0}; // tried so far
     std::mutex events_mutex;
     std::set<ggml_backend_event_t> events;
 };
@@ -163,6 +176,7 @@ struct backend_state {
     std::shared_ptr<stream> queue;
     // Runs on the queue's thread alone.
     ggml_backend_t inner;
+    graph_memory graphs{};
 };
 
 backend_state & of(ggml_backend_t backend) {
@@ -346,7 +360,9 @@ void clear(ggml_backend_buffer_t buffer, uint8_t value) {
 
 ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t type, size_t size) {
     device_state & device = of(ggml_backend_buft_get_device(type));
-    region_ptr memory     = device.memory.allocate(size);
+    const size_t n        = ++here().n_allocations;
+    const bool fails      = n >= here().config.fail_from && n <= here().config.fail_until;
+    region_ptr memory     = fails ? nullptr : device.memory.allocate(size);
     add(memory == nullptr ? count::allocations_failed : count::allocations);
     note(memory == nullptr ? "failed allocation" : "allocation", device.index, static_cast<int64_t>(size));
     if (memory == nullptr) {
@@ -515,15 +531,18 @@ void synchronize(ggml_backend_t backend) {
 
 ggml_status compute_graph(ggml_backend_t backend, ggml_cgraph * graph) {
     backend_state & state = of(backend);
-    const auto copy       = std::make_shared<graph_copy>(graph, state.device.memory, state.device.name.c_str());
+    const auto found      = state.graphs.of(graph, state.device.memory, state.device.name.c_str());
+    const auto & copy     = found.graph;
     const int n           = ggml_graph_n_nodes(graph);
     add(count::graphs);
+    add(count::graphs_changed, found.is_same ? 0 : 1);
     add(count::nodes, copy->n_nodes);
     call line;
     line.kind    = "graph";
     line.device  = state.device.index;
     line.stream  = state.queue->number();
     line.n_nodes = copy->n_nodes;
+    line.changed = found.is_same ? 0 : 1;
     line.first   = n == 0 ? nullptr : ggml_graph_node(graph, 0)->name;
     line.last    = n == 0 ? nullptr : ggml_graph_node(graph, n - 1)->name;
     trace(line);
@@ -808,8 +827,11 @@ ggml_backend_reg_t start() {
     if (!all.devices.empty()) {
         return &all.registry;
     }
-    all.config                          = read_settings();
-    all.api                             = ggml_backend_buft_alloc_buffer_n == nullptr ? 2 : 3;
+    all.config = read_settings();
+    all.api    = ggml_backend_buft_alloc_buffer_n == nullptr ? 2 : 3;
+    if (!knows_graphs()) {
+        throw std::runtime_error("ggml's graphs are not as they were up to 0.27");
+    }
     all.registry.api_version            = all.api;
     all.registry.iface.get_name         = registry_name;
     all.registry.iface.get_device_count = device_count;

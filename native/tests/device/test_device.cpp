@@ -3,6 +3,7 @@
 #include "test_device.h"
 
 #include "../backend/check.h"
+#include "graph_copy.h"
 
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
@@ -23,6 +24,7 @@ namespace {
 
 constexpr int64_t n_numbers = 64;
 constexpr size_t n_bytes    = n_numbers * sizeof(float);
+constexpr size_t uid_offset = 88; // in a graph of the pinned release
 
 std::string mode;
 bool is_lazy() {
@@ -60,6 +62,7 @@ struct bench {
         graph = ggml_new_graph(context.get());
         ggml_build_forward_expand(graph, c);
     }
+    void set_uid(uint64_t uid) { std::memcpy(reinterpret_cast<char *>(graph) + uid_offset, &uid, sizeof(uid)); }
     void put(ggml_tensor * t, float value) {
         const std::vector<float> values(n_numbers, value);
         ggml_backend_tensor_set(t, values.data(), 0, n_bytes);
@@ -179,6 +182,30 @@ void test_nodes_are_read_at_the_call() {
     on.c->src[0] = source;
     on.c->data   = data;
     CHECK(on.held(on.c) == 3.0f);
+}
+
+// As CUDA's recorded graphs: the same uid is the same graph, whatever its nodes say now.
+void test_the_same_uid_runs_the_same_graph() {
+    bench on;
+    on.put(on.a, 1.0f);
+    test_device_reset_counts();
+    const auto set_scale = [&](float scale) { std::memcpy(on.b->op_params, &scale, sizeof(scale)); };
+    const auto run       = [&](uint64_t uid) {
+        on.set_uid(uid);
+        CHECK(test_device::uid_of(on.graph) == uid);
+        on.compute();
+        on.wait();
+        return on.held(on.c);
+    };
+    CHECK(run(0) == 3.0f && window()["graphs_changed"] == 1);
+    CHECK(run(0) == 3.0f && window()["graphs_changed"] == 1);
+    set_scale(4.0f);
+    CHECK(run(0) == 5.0f && window()["graphs_changed"] == 2);
+    CHECK(run(77) == 5.0f && window()["graphs_changed"] == 2);
+    set_scale(2.0f);
+    CHECK(run(77) == 5.0f && window()["graphs_changed"] == 2);
+    CHECK(run(78) == 3.0f && window()["graphs_changed"] == 3);
+    CHECK(window()["graphs"] == 6 && window()["nodes"] == 12);
 }
 
 void test_events_order_streams() {
@@ -363,6 +390,28 @@ const std::map<std::string, std::pair<std::function<void()>, const char *>> & de
               on.compute();
           },
           "beyond any allocation or in a freed one"}},
+        {"same uid, freed source",
+         {[] {
+              bench on;
+              on.set_uid(5);
+              on.compute();
+              on.wait();
+              on.memory.reset();
+              on.compute();
+          },
+          "whose uid says that it is the same as before"}},
+        {"same uid, other nodes",
+         {[] {
+              bench on;
+              on.set_uid(5);
+              on.compute();
+              ggml_tensor * more = ggml_add(on.context.get(), on.c, on.c);
+              more->data         = on.a->data;
+              more->buffer       = on.a->buffer;
+              ggml_build_forward_expand(on.graph, more);
+              on.compute();
+          },
+          "a graph of 3 nodes whose uid is that of one with 2"}},
         {"free in use",
          {[] {
               bench on;
@@ -451,6 +500,7 @@ int main(int argc, char ** argv) {
         test_registered_memory_is_pinned();
         test_blocking_calls_do_not_wait();
         test_nodes_are_read_at_the_call();
+        test_the_same_uid_runs_the_same_graph();
         test_events_order_streams();
         test_an_event_is_a_place_in_the_queue();
         test_copies_between_streams_and_devices();

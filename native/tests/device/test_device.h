@@ -4,20 +4,19 @@
 //
 // libggml-test-device.so is loaded like any backend module (HYBRIMOE_BACKENDS, GGML_BACKEND_PATH, ggml_backend_load)
 // and brings the devices TEST0, TEST1, ... They follow ggml's CUDA backend where backends may differ: set_tensor and
-// get_tensor of a buffer do not wait for what is queued, tensors of another buffer type are refused in transfers,
-// quantised rows are padded, host memory is pinned or pageable. What a card answers with garbage or a crash is a
-// message
-// ("test device: ...") and an abort here.
+// get_tensor of a buffer do not wait for what is queued, tensors of another buffer type are refused in transfers, a
+// graph whose uid is the last one's is run again as it was, quantised rows are padded, host memory is pinned or
+// pageable. What a card answers with garbage or a crash is a message ("test device: ...") and an abort here.
 //
 // Environment, read when the module is loaded:
 //   HYBRIMOE_TEST_DEVICES          how many devices (1)
-//   HYBRIMOE_TEST_DEVICE_MODE      when queued work runs: lazy, as late as its order allows (default); eager, before
-//   the
-//                                  call returns; random, at any moment between
+//   HYBRIMOE_TEST_DEVICE_MODE      when queued work runs: lazy, as late as its order allows (default); eager, at once;
+//                                  random, at any moment between
 //   HYBRIMOE_TEST_DEVICE_MIB       memory of a device (4096); a list by commas for each, the last for all others
 //   HYBRIMOE_TEST_DEVICE_ID        device ids as they stand in the properties ("test:0", "test:1"); a list; "none"
 //   HYBRIMOE_TEST_DEVICE_ADDRESSES reuse: a freed address is given out again soon, as cards do (default); fresh: never
 //   HYBRIMOE_TEST_DEVICE_REGISTER  0: registering host memory (pinning it) fails
+//   HYBRIMOE_TEST_DEVICE_FAIL      allocations that fail, counted from 1: "5", "5-8", or "5-" for all from there on
 //   HYBRIMOE_TEST_DEVICE_TRACE     a file to which each call is appended as a line of JSON: kind, device, stream (0 is
 //                                  the one of buffers' own set_tensor and get_tensor), bytes, nodes, names
 #pragma once
