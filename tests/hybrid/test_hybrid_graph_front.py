@@ -75,7 +75,7 @@ def test_slots(
 def test_architectures(
     ask: Ask, architecture_models: Path, tmp_path: Path, arch: str, top_k: int, kind: str | None
 ) -> None:
-    """As llama.cpp writes them, with two experts that every token asks for, and widened, so that experts are evicted."""
+    """As llama.cpp writes them, where every token asks for both experts, and widened, so that experts are evicted."""
     source = model_file(architecture_models, arch)
     path = widen(source, tmp_path / f"{arch}.gguf", n_experts=8, top_k=top_k, type_name=kind)
     for model, n_slots, costs in (

@@ -97,17 +97,22 @@ def test_off(run: Callable[..., Reply]) -> None:
 def test_whole_layers_at_the_end(run: Callable[..., Reply]) -> None:
     """At the lowest level as many whole layers as fit lie on the accelerator.
 
-    When it is left again depends on what refilling takes: native/tests/core/test_guard.cpp.
+    When it is left again depends on what refilling takes (native/tests/core/test_guard.cpp): on a busy machine that may
+    be before the run ends.
     """
     cpu_only = run(uniform(500), 100, expert_cache=0, guard=False)
     # By the estimate even whole layers are beaten by far, so that no machine stays at a higher level.
     impossible = {**LOSES, "costs": {"cpu_us": 0.02, "gpu_us": 0.005, "copy_us": 0.01}}
     got = run(uniform(500), 100, expert_cache=8, **impossible)
     way_down = [("full", "no-demand-copies"), *DOWN[2:]]  # there is no prefetch, so no level gives it up
-    assert changes_of(got) == way_down
+    changes = changes_of(got)
+    assert changes[: len(way_down)] == way_down
     (device,) = got.facts["state"]["devices"]
-    assert device["n_slots"] == [16, 0]
-    assert set(got.facts["residency"]["0"]) == {0} and set(got.facts["residency"]["1"]) == {-1}
+    if changes[-1][1] == "static-layers":
+        assert device["n_slots"] == [16, 0]
+        assert set(got.facts["residency"]["0"]) == {0} and set(got.facts["residency"]["1"]) == {-1}
+    else:
+        assert device["n_slots"] == [8, 8]
     assert all(np.array_equal(value, cpu_only.arrays[name]) for name, value in got.arrays.items())
 
 
