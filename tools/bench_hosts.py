@@ -2,11 +2,13 @@
 """Decode speed in other programs: the same model, prompt and threads, in turns, as the machine is not always as fast.
 
     python tools/bench_hosts.py [--model FILE] [--rounds 5] [--tokens 128] [--threads 2] [--llama-cpp-bin FOLDER]
-                                [--distribution FOLDER]
+                                [--distribution FOLDER] [--vulkan-distribution FOLDER]
 
 Compares llama-server of the pinned release (tools/build_llama_cpp.py --more llama-server) and of a distribution
 (tools/get_distribution.py), each alone and through `hybrimoe exec`, with `hybrimoe serve`. Greedy, one client; the
 first answer of each server is not counted. Prints one line for each: median and range of tokens per second.
+--vulkan-distribution (tools/get_distribution.py --vulkan) adds llama.cpp's own expert cache (`--moe-cache-mib`) and
+ours on a software device, to see that both run: how fast a card would be it does not say.
 """
 
 from __future__ import annotations
@@ -100,6 +102,15 @@ def commands(options: argparse.Namespace) -> dict[str, tuple[list[str], Path]]:
     if options.distribution:
         folder = options.distribution.resolve()
         hosts.append(("the distribution's llama-server", [str(folder / "run"), "llama-server"], folder / "modules"))
+    if options.vulkan_distribution:
+        folder = options.vulkan_distribution.resolve()
+        start = [str(folder / "run"), "llama-server"]
+        on_card = [*common, "-ngl", "99", "-fit", "off"]
+        found["experts on the CPU, the rest on Vulkan"] = ([*start, *on_card, "-cmoe"], folder / "modules")
+        own = [*start, *on_card, "-cmoe", "--moe-cache-mib", str(options.moe_cache_mib)]
+        found[f"llama.cpp's own cache of {options.moe_cache_mib} MiB on Vulkan"] = (own, folder / "modules")
+        ours = [*HYBRIMOE, "exec", "--expert-cache", f"{options.moe_cache_mib}MiB", "--", *start, *common, "-ngl", "99"]
+        found[f"our cache of {options.moe_cache_mib} MiB on Vulkan"] = (ours, folder / "modules")
     for name, start, folder in hosts:
         found[f"{name} alone"] = ([*start, *common], folder)
         found[f"{name} with the plug-in"] = ([*HYBRIMOE, "exec", "--", *start, *common], folder)
@@ -115,6 +126,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--llama-cpp-bin", type=Path)
     parser.add_argument("--distribution", type=Path)
+    parser.add_argument("--vulkan-distribution", type=Path)
+    parser.add_argument("--moe-cache-mib", type=int, default=64)
     options = parser.parse_args()
     found: dict[str, list[float]] = {name: [] for name in commands(options)}
     for n in range(options.rounds):

@@ -36,7 +36,11 @@ _RUN = """#!/bin/sh
 here=$(cd "$(dirname "$0")" && pwd)
 program=$here/files/usr/bin/$1
 shift
-exec "$here"/{loader} --library-path "{libraries}${{LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}}" "$program" "$@"
+{environment}exec "$here"/{loader} --library-path "{libraries}${{LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}}" "$program" "$@"
+"""
+# Mesa's software device, which ggml uses only where it is named.
+_VULKAN = """: "${{VK_DRIVER_FILES:=$here/{driver}}}" "${{GGML_VK_VISIBLE_DEVICES:=0}}"
+export VK_DRIVER_FILES GGML_VK_VISIBLE_DEVICES
 """
 
 
@@ -120,7 +124,9 @@ def _write_run(made: Path) -> None:
     ordered = sorted(folders, key=lambda path: (len(path.parts), path))
     libraries = ":".join(f"$here/{path.relative_to(made)}" for path in ordered)
     script = made / "run"
-    script.write_text(_RUN.format(loader=loader.relative_to(made), libraries=libraries))
+    driver = Path("files/usr/share/vulkan/icd.d/lvp_icd.json")
+    environment = _VULKAN.format(driver=driver) if (made / driver).is_file() else ""
+    script.write_text(_RUN.format(loader=loader.relative_to(made), libraries=libraries, environment=environment))
     script.chmod(0o755)
 
 
