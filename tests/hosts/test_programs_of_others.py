@@ -52,6 +52,23 @@ def test_answers_are_those_of_the_program_alone(
     assert answers(host, model, log, STAND_IN) == plain
 
 
+@pytest.mark.parametrize("arch", ["qwen3moe", "gpt-oss", "deepseek2-merged"])
+def test_a_device_that_takes_whole_graphs(
+    host: Host, tiny_model: Callable[..., Path], tmp_path: Path, arch: str
+) -> None:
+    """The sum of what the CPU computes is added apart, so the last digits may be others; in F32 they stay the last."""
+    model, log = tiny_model(arch, "F32"), tmp_path / "log"
+    environment = host.environment(True, {**STAND_IN, "front": "graph"}, HYBRIMOE_CPU="ggml")
+    attention = ("-fa", "off")  # "auto" may be on with one device and off with another
+    more = (*attention, "-dev", "HybriMoE_CPU", "-ngl", "99", "-ot", "ffn_.*_exps[.]weight=HybriMoE_Graph")
+    with host.server(model, *COMMON, *more, environment=environment, log=log) as port:
+        got = greedy(port, PROMPTS)
+    assert "CPU caches" in log.read_text(errors="replace")
+    for mine, theirs in zip(got, answers(host, model, tmp_path / "plain", None, *attention), strict=True):
+        assert [token for token, _ in mine] == [token for token, _ in theirs]
+        assert [p for _, p in mine] == pytest.approx([p for _, p in theirs], abs=1e-3)
+
+
 def test_parallel_clients(host: Host, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     """Four at once on two slots: each is answered, with as many tokens as it wanted."""
     model = tiny_model("qwen3moe", "Q8_0")
