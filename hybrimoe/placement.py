@@ -15,6 +15,11 @@ from hybrimoe.errors import UsageError
 MOE_PATTERN = "ffn_(gate_inp[.]|.*_exps)"
 # The plug-in's device and its buffer type, as ggml knows them.
 PLUGIN_BUFFER_TYPE = "HybriMoE"
+# Devices of the plug-in that take whole graphs are named after those that they wrap; the experts' weights, and nothing
+# else, go to a host buffer type of theirs.
+GRAPH_DEVICE_PREFIX = "HybriMoE_"
+GRAPH_BUFFER_TYPE = "HybriMoE_Graph"
+GRAPH_PATTERN = "ffn_.*_exps[.]weight"
 # llama.cpp's LLM_FFN_EXPS_REGEX (common/common.h of the pinned release).
 CPU_MOE_PATTERN = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"
 

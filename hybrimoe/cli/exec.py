@@ -9,8 +9,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hybrimoe.cli.console import note
-from hybrimoe.cli.flags import EXPERT_OPTIONS, MODEL_OPTIONS, OUTPUT, OUTPUT_OPTIONS
-from hybrimoe.config import Option, Settings
+from hybrimoe.cli.flags import EXPERT_OPTIONS, EXPERTS, MODEL_OPTIONS, OUTPUT, OUTPUT_OPTIONS
+from hybrimoe.config import Option, Settings, choice
 from hybrimoe.errors import ModelError, UsageError, from_os_error
 
 if TYPE_CHECKING:
@@ -29,6 +29,16 @@ def _of_the_program(option: Option) -> Option:
 EXEC_OPTIONS: tuple[Option, ...] = (
     *map(_of_the_program, EXPERT_OPTIONS),
     *(_of_the_program(option) for option in MODEL_OPTIONS if option.key in ("cpu-moe", "n-cpu-moe")),
+    Option(
+        ("--front",),
+        "How the plug-in gets the experts: layer by layer in host memory (block), or as devices that take the whole "
+        "graph and cut it before experts (graph; tried on software devices only). See docs/architecture.md.",
+        "block",
+        choice("block", "graph"),
+        "FRONT",
+        section=EXPERTS,
+        in_file=False,
+    ),
     Option(
         ("--print",),
         "Print environment and command, for a unit file or a launcher, and end.",
@@ -92,7 +102,7 @@ def _launch(settings: Settings, command: list[str], environment: dict[str, str])
         text = f"no experts in {names}, nothing to share: {host.program.name} starts as it is"
         return replace(as_it_is, notes=(text,))
     options = _options(settings, host, models)
-    return make_launch(host, models, options, plugin)
+    return make_launch(host, models, options, plugin, settings.front)
 
 
 def _options(settings: Settings, host: Host, models: Models) -> EngineOptions:

@@ -51,6 +51,8 @@ THREADS_BATCH = Flag(("-tb", "--threads-batch"))
 BATCH = Flag(("-b", "--batch-size"), ("LLAMA_ARG_BATCH",))
 UBATCH = Flag(("-ub", "--ubatch-size"), ("LLAMA_ARG_UBATCH",))
 DEVICE = Flag(("-dev", "--device"), ("LLAMA_ARG_DEVICE",))
+N_GPU_LAYERS = Flag(("-ngl", "--gpu-layers", "--n-gpu-layers"), ("LLAMA_ARG_N_GPU_LAYERS",))
+SPLIT_MODE = Flag(("-sm", "--split-mode"), ("LLAMA_ARG_SPLIT_MODE",))
 # With these a program says something and ends, whatever else it is given.
 INFORMATION = Flag(
     ("-h", "--help", "--usage", "--version", "--list-devices", "-cl", "--cache-list", "--completion-bash", "--license")

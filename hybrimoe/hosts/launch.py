@@ -16,11 +16,18 @@ from hybrimoe.errors import UsageError
 from hybrimoe.expert_options import GIB
 from hybrimoe.hosts import arguments as flags
 from hybrimoe.hosts.arguments import Arguments, is_truthy
+from hybrimoe.hosts.help_page import ask_devices
 from hybrimoe.hosts.host import BACKEND_PATH, Host
 from hybrimoe.hosts.models import Models
 from hybrimoe.hosts.programs import Program
 from hybrimoe.json_text import parse_json
-from hybrimoe.placement import MOE_PATTERN, PLUGIN_BUFFER_TYPE
+from hybrimoe.placement import (
+    GRAPH_BUFFER_TYPE,
+    GRAPH_DEVICE_PREFIX,
+    GRAPH_PATTERN,
+    MOE_PATTERN,
+    PLUGIN_BUFFER_TYPE,
+)
 
 if TYPE_CHECKING:
     from hybrimoe.engine import EngineOptions
@@ -56,20 +63,29 @@ class Launch:
         return shlex.join([*first, str(Path(os.path.abspath(self.path))), *self.command[1:]])  # noqa: PTH100
 
 
-def make_launch(host: Host, models: Models, options: EngineOptions, plugin: Path) -> Launch:
-    """The program with the plug-in. `models` are `shared_models`; `options` are `host_options` with costs and threads.
+def make_launch(host: Host, models: Models, options: EngineOptions, plugin: Path, front: str = "block") -> Launch:
+    """The program with the plug-in. `models` are `shared_models`; `options` are `host_options` with costs and threads;
+    `front` is how the plug-in gets the experts (docs/settings.md).
 
-    Raises UsageError for a HYBRIMOE_CONFIG that is not a JSON object, and for settings that the plug-in cannot take.
+    Raises UsageError for a HYBRIMOE_CONFIG that is not a JSON object, for settings that the plug-in cannot take, and
+    for a program whose graphs it cannot take whole.
     """
+    settings = _plugin_settings(host, models, options)
+    if front == "graph":
+        settings["front"] = front
     changes: dict[str, str | None] = {
         BACKEND_PATH: str(plugin),
-        CONFIG: json.dumps(_plugin_settings(host, models, options), separators=(",", ":")),
+        CONFIG: json.dumps(settings, separators=(",", ":")),
     }
     notes: list[str] = []
+    ours = OURS
+    if front == "graph":
+        host = _on_whole_graphs(host, models, changes)
+        ours = _graph_overrides(host, models)
     arguments = _without_cpu_moe(host.arguments, changes, notes)
     if host.program.kind is not None and models.main:
         notes += _taken_away(models, arguments)
-        arguments = _with_overrides(host, models, arguments, changes)
+        arguments = _with_overrides(host, models, arguments, changes, ours)
         arguments = _without_fit(host, models, arguments, changes, notes)
         arguments = _with_threads(host, arguments, options, notes)
         words = arguments.words
@@ -125,20 +141,66 @@ def _without_cpu_moe(given: Arguments, changes: dict[str, str | None], notes: li
     return given.without(flags.CPU_MOE, flags.N_CPU_MOE)
 
 
-def _with_overrides(host: Host, models: Models, arguments: Arguments, changes: dict[str, str | None]) -> Arguments:
+def _on_whole_graphs(host: Host, models: Models, changes: Mapping[str, str | None]) -> Host:
+    """The program told to use the devices that wrap its own."""
+    name = host.program.name
+    if host.program.kind is None or not models.main:
+        raise UsageError(
+            f"--front graph needs a program that hybrimoe knows and its model, and '{name}' is given neither",
+            "leave --front out",
+        )
+    mode = host.arguments.value(flags.SPLIT_MODE)
+    if mode not in (None, "layer", "none"):
+        raise UsageError(f"{host.arguments.spelling(flags.SPLIT_MODE)} {mode} needs --front block", "leave --front out")
+    seen = {**host.environment, **{key: value for key, value in changes.items() if value is not None}}
+    listed = ask_devices(host.program.asked, seen)
+    wrappers = [name for name in listed if name.startswith(GRAPH_DEVICE_PREFIX) and name != GRAPH_BUFFER_TYPE]
+    if not wrappers:
+        raise UsageError(f"{name} has no GPU whose graphs could be taken", "leave --front out")
+    given = host.arguments.value(flags.DEVICE)
+    names = [one.strip() for one in re.split("[,/]", given)] if given else wrappers
+    wanted = [one if one.startswith(GRAPH_DEVICE_PREFIX) else GRAPH_DEVICE_PREFIX + one for one in names]
+    for one in wanted:
+        if one not in wrappers:
+            raise UsageError(
+                f"the graphs of {one.removeprefix(GRAPH_DEVICE_PREFIX)} cannot be taken", "leave --front out"
+            )
+    arguments = host.arguments.without(flags.DEVICE)
+    separator = "/" if host.takes_several else ","
+    arguments = arguments.adding(host.grammar.knows(*flags.DEVICE.names) or "-dev", separator.join(wanted))
+    return replace(host, arguments=arguments)
+
+
+def _graph_overrides(host: Host, models: Models) -> str:
+    """Experts of layers on a GPU go to the devices that take whole graphs, others to the kernels of the CPU."""
+    on_gpu = f"{GRAPH_PATTERN}={GRAPH_BUFFER_TYPE}"
+    given = host.arguments.value(flags.N_GPU_LAYERS)
+    if given is None or not given.isdecimal():
+        return on_gpu
+    # llama.cpp counts the output as one more layer, and the last layers go to the GPU.
+    n_on_cpu = max(0, max(model.n_layers for model in models.main) + 1 - int(given))
+    if n_on_cpu == 0:
+        return on_gpu
+    layers = "|".join(map(str, range(n_on_cpu)))
+    return f"blk[.]({layers})[.]{OURS},{on_gpu}"
+
+
+def _with_overrides(
+    host: Host, models: Models, arguments: Arguments, changes: dict[str, str | None], ours: str
+) -> Arguments:
     """The user's own overrides come first: llama.cpp takes the first pattern that matches."""
     if any(model.is_moe for model in models.main):
         # One flag with all: llama.cpp warns of a flag that is given twice, and of one beside its variable.
         if not arguments.values(flags.OVERRIDE):
-            ours = OURS
             if variable := arguments.variable(flags.OVERRIDE):
-                ours = f"{arguments.environment[variable]},{OURS}" if arguments.environment[variable] else OURS
+                ours = f"{arguments.environment[variable]},{ours}" if arguments.environment[variable] else ours
                 changes[variable] = None
+            ours = ours.replace(",", ";") if host.takes_several else ours
             arguments = arguments.adding(host.grammar.knows(*flags.OVERRIDE.names) or "-ot", ours)
         elif host.takes_several:
-            arguments = arguments.with_values(flags.OVERRIDE, _in_every_set, only_last=False)
+            arguments = arguments.with_values(flags.OVERRIDE, lambda value: _in_every_set(value, ours), only_last=False)
         else:
-            arguments = arguments.with_values(flags.OVERRIDE, lambda value: f"{value},{OURS}", only_last=True)
+            arguments = arguments.with_values(flags.OVERRIDE, lambda value: f"{value},{ours}", only_last=True)
     if models.draft is None:
         return arguments
     if arguments.values(flags.DRAFT_OVERRIDE):
@@ -166,9 +228,10 @@ def _taken_away(models: Models, arguments: Arguments) -> list[str]:
     return [f"{arguments.spelling(flags.OVERRIDE)} keeps experts of {n} of {n_all} layers from the plug-in"]
 
 
-def _in_every_set(value: str) -> str:
+def _in_every_set(value: str, ours: str) -> str:
     """llama-bench: sets of overrides, each for a separate test, are separated by commas, overrides by semicolons."""
-    return ",".join(f"{one.rstrip(';')};{OURS}" if one else OURS for one in value.split(","))
+    ours = ours.replace(",", ";")
+    return ",".join(f"{one.rstrip(';')};{ours}" if one else ours for one in value.split(","))
 
 
 def _without_fit(

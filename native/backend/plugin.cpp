@@ -95,9 +95,20 @@ long process_id() {
 #endif
 }
 
+// Beside devices that take whole graphs, blocks in host memory are those of layers on the CPU: the caches are theirs.
+settings block_settings() {
+    settings config = current_settings();
+    if (n_graph_devices() > 0) {
+        config.expert_cache    = {};
+        config.expert_cache.is = expert_cache_size::kind::slots;
+        config.state_path.clear();
+    }
+    return config;
+}
+
 struct block_instance {
     explicit block_instance(instance_ticket ticket)
-        : id(ticket.id), dispatch(current_settings(), std::move(ticket.data)) {
+        : id(ticket.id), dispatch(block_settings(), std::move(ticket.data)) {
         show_instance(id, &dispatch);
     }
     ~block_instance() { forget_instance(id); }

@@ -31,6 +31,8 @@ SERVER_HELP = """\
 -dev,  --device <dev1,dev2,..>          comma-separated list of devices to use for offloading (none = don't
                                         offload)
 --list-devices                          print list of available devices and exit
+-ngl,  --gpu-layers, --n-gpu-layers N   max. number of layers to store in VRAM, either an exact number or 'all'
+-sm,   --split-mode {none,layer,row}    how to split the model across multiple GPUs
 -ot,   --override-tensor <tensor name pattern>=<buffer type>,...
                                         override tensor buffer type
                                         (env: LLAMA_ARG_OVERRIDE_TENSOR)

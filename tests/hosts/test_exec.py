@@ -507,3 +507,24 @@ def test_a_program_that_does_not_answer(
     outcome = call("exec", str(path), "-m", moe)
     outcome.assert_two_lines(1)
     assert "has not answered" in outcome.err
+
+
+def test_whole_graphs(printed: Started, call: Call, stand_in: Callable[..., str], moe: str) -> None:
+    """The devices that wrap the program's own are named, and the experts' weights alone are placed."""
+    on_gpu = "ffn_.*_exps[.]weight=HybriMoE_Graph"
+    listed = ["CUDA0", "CUDA1", "HybriMoE", "HybriMoE_Graph", "HybriMoE_CUDA0", "HybriMoE_CUDA1"]
+    server = stand_in("llama-server", devices=listed)
+    words = (server, "-m", moe)
+    shown = printed("--front", "graph", *words)
+    assert shown["command"] == [*words, "-dev", "HybriMoE_CUDA0,HybriMoE_CUDA1", "-ot", on_gpu, "-fit", "off"]
+    assert shown["config"]["front"] == "graph"
+    assert "-dev HybriMoE_CUDA1" in " ".join(printed("--front", "graph", *words, "-dev", "CUDA1")["command"])
+    # A model of two layers: with the output two of three are on the GPU, and layer 0 is the CPU kernels'.
+    partly = printed("--front", "graph", *words, "-ngl", "2")["command"]
+    assert f"blk[.](0)[.]{OURS},{on_gpu}" in partly
+    assert on_gpu in printed("--front", "graph", *words, "-ngl", "99")["command"]
+    for refused in (("-sm", "row"), ("-dev", "CUDA7")):
+        outcome = call("exec", "--front", "graph", *words, *refused)
+        assert outcome.code == 2 and "hint:" in outcome.err, outcome
+    outcome = call("exec", "--front", "graph", stand_in("llama-cli", devices=["CUDA0"]), "-m", moe)
+    assert outcome.code == 2 and "has no GPU whose graphs could be taken" in outcome.err
