@@ -15,6 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "parity"))
 
 from sides import Reply, Side, WorkerFailedError, compare
 
+WithDevice = Callable[..., Side]
+Ask = Callable[..., Reply]
+MakeModel = Callable[[str], Path]
+
 MODES = ["eager", "lazy", "random"]
 MODELS = ["qwen3moe", "gpt-oss", "nemotron-h", "dense"]
 # llama.cpp's own calls in a step whose layers are all on the device, however many: six inputs, one graph, the logits.
@@ -34,7 +38,7 @@ def cpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Side]:
 
 
 @pytest.fixture(scope="module")
-def with_device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Side]]:
+def with_device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WithDevice]:
     """`with_device(MODE="lazy", DEVICES="2")`: a process whose test device has these settings."""
     sides: dict[str, Side] = {}
 
@@ -52,7 +56,7 @@ def with_device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[.
 
 
 @pytest.fixture
-def model(tiny_model: Callable[..., Path], tiny_models_dir: Path) -> Callable[[str], Path]:
+def model(tiny_model: Callable[..., Path], tiny_models_dir: Path) -> MakeModel:
     def make(name: str) -> Path:
         if name != "dense":
             return tiny_model(name, "Q4_0")
@@ -69,7 +73,7 @@ def model(tiny_model: Callable[..., Path], tiny_models_dir: Path) -> Callable[[s
 
 
 @pytest.fixture
-def ask(device_module: Path) -> Callable[..., Reply]:
+def ask(device_module: Path) -> Ask:
     def run(side: Side, path: Path, scenario: str = "logits", **options: Any) -> Reply:
         return side.ask(scenario, path, backends=[str(device_module)], **{"n_gpu_layers": 99, **options})
 
@@ -80,9 +84,9 @@ def ask(device_module: Path) -> Callable[..., Reply]:
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_the_cpu_s(
     cpu: Side,
-    with_device: Callable[..., Side],
-    ask: Callable[..., Reply],
-    model: Callable[[str], Path],
+    with_device: WithDevice,
+    ask: Ask,
+    model: MakeModel,
     mode: str,
     name: str,
 ) -> None:
@@ -93,17 +97,25 @@ def test_logits_are_the_cpu_s(
 
 
 @pytest.mark.parametrize("mode", ["lazy", "random"])
-@pytest.mark.parametrize("scenario", ["shapes", "sequences", "two_contexts", "callback"])
+@pytest.mark.parametrize(
+    ("scenario", "options"),
+    [
+        ("shapes", {"seeds": [1, 2], "threads": 1}),
+        ("sequences", {}),
+        ("two_contexts", {}),
+        ("callback", {"watch": "third"}),
+    ],
+)
 def test_ways_to_use_a_context(
     cpu: Side,
-    with_device: Callable[..., Side],
-    ask: Callable[..., Reply],
-    model: Callable[[str], Path],
+    with_device: WithDevice,
+    ask: Ask,
+    model: MakeModel,
     mode: str,
     scenario: str,
+    options: dict[str, Any],
 ) -> None:
     """Micro-batches, threads, saved states, sequences, callbacks in the middle of graphs."""
-    options: dict[str, Any] = {"shapes": {"seeds": [1, 2], "threads": 1}, "callback": {"watch": "third"}}.get(scenario, {})
     path = model("qwen3moe")
     difference = compare(cpu.ask(scenario, path, **options), ask(with_device(MODE=mode), path, scenario, **options))
     assert difference.is_equal, difference
@@ -114,9 +126,9 @@ def test_ways_to_use_a_context(
 @pytest.mark.parametrize("mmap", [True, False])
 def test_two_devices_and_the_cpu(
     cpu: Side,
-    with_device: Callable[..., Side],
-    ask: Callable[..., Reply],
-    model: Callable[[str], Path],
+    with_device: WithDevice,
+    ask: Ask,
+    model: MakeModel,
     mode: str,
     n_gpu_layers: int,
     mmap: bool,
@@ -131,9 +143,9 @@ def test_two_devices_and_the_cpu(
 
 @pytest.mark.parametrize("mode", MODES)
 def test_calls_of_a_step(
-    with_device: Callable[..., Side],
-    ask: Callable[..., Reply],
-    model: Callable[[str], Path],
+    with_device: WithDevice,
+    ask: Ask,
+    model: MakeModel,
     device_module: Path,
     mode: str,
 ) -> None:
@@ -152,9 +164,7 @@ def test_calls_of_a_step(
     assert n_logits == [n_logits[0] * n for n in steps for _ in range(4)]
 
 
-def test_trace(
-    with_device: Callable[..., Side], ask: Callable[..., Reply], model: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_trace(with_device: WithDevice, ask: Ask, model: MakeModel, tmp_path: Path) -> None:
     trace = tmp_path / "calls.jsonl"
     ask(with_device(TRACE=str(trace)), model("qwen3moe"), prefill=[5], decode=1)
     calls = [json.loads(line) for line in trace.read_text().splitlines()]
@@ -168,20 +178,18 @@ def test_trace(
     ]
 
 
-def test_memory_has_an_end(with_device: Callable[..., Side], ask: Callable[..., Reply], model: Callable[[str], Path]) -> None:
+def test_memory_has_an_end(with_device: WithDevice, ask: Ask, model: MakeModel) -> None:
     with pytest.raises(WorkerFailedError, match="cannot load"):
         ask(with_device(MIB="1"), model("qwen3moe"), prefill=[3])
 
 
 @pytest.mark.parametrize("which", ["1", "2-"])
-def test_allocations_that_fail(
-    with_device: Callable[..., Side], ask: Callable[..., Reply], model: Callable[[str], Path], which: str
-) -> None:
+def test_allocations_that_fail(with_device: WithDevice, ask: Ask, model: MakeModel, which: str) -> None:
     """llama.cpp's own: the weights, the context."""
     with pytest.raises(WorkerFailedError, match="cannot load" if which == "1" else "context"):
         ask(with_device(FAIL=which), model("qwen3moe"), prefill=[3])
 
 
-def test_wrong_settings(with_device: Callable[..., Side], ask: Callable[..., Reply], model: Callable[[str], Path]) -> None:
+def test_wrong_settings(with_device: WithDevice, ask: Ask, model: MakeModel) -> None:
     with pytest.raises(WorkerFailedError, match="HYBRIMOE_TEST_DEVICE_MODE does not know 'soon'"):
         ask(with_device(MODE="soon"), model("qwen3moe"), prefill=[3])

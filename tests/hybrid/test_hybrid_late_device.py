@@ -126,3 +126,28 @@ def test_calls_of_a_layer(tiny_model: Callable[..., Path], device_module: Path, 
         spent = {key: n for key, n in call.items() if n and "bytes" not in key and key not in ("nodes", "idle_syncs")}
         assert spent == {key: step.get(key, 0) + len(got.layers) * layer.get(key, 0) for key in step | layer}
     assert total(got, "n_misses") == 0
+
+
+@pytest.mark.parametrize("front", ["block", "graph"])
+def test_a_graph_that_is_built_again_asks_nothing(
+    tiny_model: Callable[..., Path], device_module: Path, tmp_path: Path, front: str
+) -> None:
+    """Where the device stands before the CPU in ggml's list, looking for the CPU asks it for its type: on some cards a
+    millisecond in the driver. llama.cpp builds the graph again whenever the number of tokens changes."""
+    side = Side("plugin", tmp_path)
+    got = side.ask(
+        "device_calls",
+        tiny_model("qwen3moe", "Q4_0"),
+        settings=settings_of(devices=["TEST0"], expert_cache=16),
+        backends=[str(device_module)],
+        device_first=True,
+        n_gpu_layers=99,
+        front=front,
+        module=str(device_module),
+        steps=[1, 4, 40, 1],
+        repeat=2,
+    )
+    side.close()
+    asked = [sum(n for key, n in call.items() if "queries" in key) for call in got.facts["calls"]]
+    assert asked[0] + asked[1] <= 6, "setting up the context, the slots"
+    assert not any(asked[2:])

@@ -1,10 +1,12 @@
 // An accelerator whose device has events: they are there as long as anything may wait for them.
 #include "../backend/check.h"
-#include "event_device.h"
 #include "hybrid/accelerator.h"
 #include "hybrid/device_step.h"
+#include "test_device.h"
+#include "window.h"
 
 #include <chrono>
+#include <cstdlib>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -29,7 +31,7 @@ struct bench {
         layout.n_embd   = 32;
         layout.n_ff     = 32;
         layout.n_expert = n_expert;
-        on              = std::make_unique<accelerator>(event_device::get(), 0, config, clock);
+        on              = std::make_unique<accelerator>(ggml_backend_dev_by_name("TEST0"), 0, config, clock);
         on->slots.resize(1);
         CHECK(on->of_layer(0).allocate(on->port, layout, n_scratch_slots));
     }
@@ -54,7 +56,7 @@ struct bench {
 };
 
 void test_all_are_freed_once() {
-    const event_device::counts before = event_device::read_counts();
+    test_device_reset_counts();
     {
         bench b;
         CHECK(b.on->port.has_events() && b.on->end_event != nullptr);
@@ -68,30 +70,33 @@ void test_all_are_freed_once() {
         b.on->worker.collect(results);
         CHECK(results.size() == 40);
     }
-    const event_device::counts after = event_device::read_counts();
-    CHECK(after.n_made > before.n_made && after.n_freed - before.n_freed == after.n_made - before.n_made);
-    CHECK(after.n_recorded > before.n_recorded && after.n_late == 0);
+    const nlohmann::json counts = test_device::window();
+    CHECK(counts["events_made"] > 0 && counts["events_freed"] == counts["events_made"]);
+    CHECK(counts["events_recorded"] > 0);
 }
 
-// The worker waits for an earlier step's event while the accelerator is given up.
+// The worker waits for an earlier step's event while the accelerator is given up: the event must outlive the wait, else
+// the device aborts.
 void test_end_while_a_copy_waits() {
-    event_device::set_wait_us(50000);
+    test_device_reset_counts();
     {
         bench b;
-        const int n_waits = event_device::read_counts().n_waits;
+        const std::vector<char> bytes(1024);
+        ggml_backend_t step = b.on->port.compute();
+        ggml_backend_tensor_set_async(step, b.on->of_layer(0).part(0), bytes.data(), 0, bytes.size());
+        ggml_backend_event_record(b.on->scratch_event(0), step);
         b.copy(1, 0);
-        while (event_device::read_counts().n_waits == n_waits) {
-            std::this_thread::sleep_for(std::chrono::microseconds(100));
-        }
+        std::this_thread::sleep_for(std::chrono::milliseconds(10)); // the step takes longer
     }
-    event_device::set_wait_us(0);
-    const event_device::counts after = event_device::read_counts();
-    CHECK(after.n_late == 0 && after.n_freed == after.n_made);
+    const nlohmann::json counts = test_device::window();
+    CHECK(counts["waits"] > 0 && counts["events_freed"] == counts["events_made"]);
 }
 
 } // namespace
 
 int main() {
+    setenv("HYBRIMOE_TEST_DEVICE_WORK_US", "30000", 1);
+    ggml_backend_register(test_device_registry());
     test_all_are_freed_once();
     test_end_while_a_copy_waits();
     return check::report();

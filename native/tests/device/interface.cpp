@@ -46,6 +46,7 @@ struct settings {
     bool reuse        = true;
     bool may_register = true;
     size_t fail_from = 0, fail_until = 0; // allocations from 1 on; 0: none
+    size_t work_us = 0;
 };
 
 std::vector<std::string> split(const std::string & text) {
@@ -107,6 +108,8 @@ settings read_settings() {
     with("HYBRIMOE_TEST_DEVICE_REGISTER", [&](const char * variable, const std::string & text) {
         out.may_register = choice<bool>(variable, text, {{"1", true}, {"0", false}});
     });
+    with("HYBRIMOE_TEST_DEVICE_WORK_US",
+         [&](const char * variable, const std::string & text) { out.work_us = number_of(variable, text); });
     with("HYBRIMOE_TEST_DEVICE_FAIL", [&](const char * variable, const std::string & text) {
         const size_t dash = text.find('-');
         out.fail_from     = number_of(variable, text.substr(0, dash));
@@ -601,6 +604,7 @@ ggml_backend_event_t new_event(ggml_backend_dev_t device) {
 
 void free_event(ggml_backend_dev_t, ggml_backend_event_t event) {
     point * state = &of(event);
+    add(count::events_freed);
     {
         std::lock_guard<std::mutex> lock(here().events_mutex);
         here().events.erase(event);
@@ -612,6 +616,7 @@ void free_event(ggml_backend_dev_t, ggml_backend_event_t event) {
 void synchronize_event(ggml_backend_dev_t device, ggml_backend_event_t event) {
     const point until = of(event);
     const bool waited = stream::wait(until);
+    of(event); // it must outlive the wait
     note_wait("event synchronize", of(device).index, until.on == nullptr ? -1 : until.on->number(), waited);
 }
 
@@ -689,7 +694,8 @@ ggml_backend_t init_backend(ggml_backend_dev_t device, const char *) {
     functions.graph_compute    = compute_graph;
     functions.event_record     = record_event;
     functions.event_wait       = wait_for_event;
-    auto * state = new backend_state{of(device), stream::start(of(device).index, here().config.mode), inner};
+    auto * state = new backend_state{of(device),
+                                     stream::start(of(device).index, here().config.mode, here().config.work_us), inner};
     return new ggml_backend{guid(), functions, device, state};
 }
 

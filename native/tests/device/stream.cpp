@@ -20,11 +20,11 @@ std::atomic<int> n_streams{0};
 
 } // namespace
 
-stream::stream(int device, run_mode mode)
-    : device_(device), number_(++n_streams), mode_(mode), rng_(static_cast<unsigned>(number_)) {}
+stream::stream(int device, run_mode mode, size_t work_us)
+    : device_(device), number_(++n_streams), mode_(mode), work_time_(work_us), rng_(static_cast<unsigned>(number_)) {}
 
-std::shared_ptr<stream> stream::start(int device, run_mode mode) {
-    std::shared_ptr<stream> made(new stream(device, mode));
+std::shared_ptr<stream> stream::start(int device, run_mode mode, size_t work_us) {
+    std::shared_ptr<stream> made(new stream(device, mode, work_us));
     made->thread_ = std::thread([raw = made.get()] { raw->run(); });
     return made;
 }
@@ -146,6 +146,9 @@ void stream::run() {
         }
         if (next.what.run) {
             lock.unlock();
+            if (work_time_.count() > 0) {
+                std::this_thread::sleep_for(work_time_);
+            }
             next.what.run();
             lock.lock();
         }

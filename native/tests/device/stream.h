@@ -3,6 +3,7 @@
 
 #include "memory.h"
 
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
@@ -33,7 +34,8 @@ struct operation {
 
 class stream : public std::enable_shared_from_this<stream> {
 public:
-    static std::shared_ptr<stream> start(int device, run_mode mode);
+    // Each operation takes `work_us` microseconds more.
+    static std::shared_ptr<stream> start(int device, run_mode mode, size_t work_us);
     ~stream();
     stream(const stream &)             = delete;
     stream & operator=(const stream &) = delete;
@@ -52,7 +54,7 @@ public:
     static bool wait(const point & until);
 
 private:
-    stream(int device, run_mode mode);
+    stream(int device, run_mode mode, size_t work_us);
     void run();
     void enqueue(operation && one, bool is_work);
     void demand(uint64_t number);
@@ -66,6 +68,7 @@ private:
     const int device_;
     const int number_;
     const run_mode mode_;
+    const std::chrono::microseconds work_time_;
     std::mt19937 rng_;
     // All of these are guarded by the one lock of all streams.
     std::deque<queued> queue_;

@@ -1,6 +1,7 @@
 // What the test device promises: `test_device lazy|eager|random [DEATH]`. With the name of a death it does what a real
 // device punishes and must abort; the test starts itself for that.
 #include "test_device.h"
+#include "window.h"
 
 #include "../backend/check.h"
 #include "graph_copy.h"
@@ -9,18 +10,21 @@
 #include "ggml-backend.h"
 #include "ggml-cpp.h"
 #include "ggml.h"
-#include "nlohmann/json.hpp"
 
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <map>
 #include <string>
+#include <thread>
 #include <vector>
 
 namespace {
+
+using test_device::window;
 
 constexpr int64_t n_numbers = 64;
 constexpr size_t n_bytes    = n_numbers * sizeof(float);
@@ -87,12 +91,6 @@ struct bench {
     ggml_tensor * c     = nullptr;
     ggml_cgraph * graph = nullptr;
 };
-
-nlohmann::json window() {
-    std::vector<char> text(static_cast<size_t>(test_device_counts(nullptr, 0)) + 1);
-    test_device_counts(text.data(), text.size());
-    return nlohmann::json::parse(text.data())["window"];
-}
 
 bool is_poison(float value) {
     uint32_t bits;
@@ -303,7 +301,11 @@ void test_queries_are_counted() {
     ggml_backend_dev_memory(device(), &free, &total);
     CHECK(ggml_backend_dev_type(device()) == GGML_BACKEND_DEVICE_TYPE_GPU);
     CHECK(window()["props_queries"] == 1 && window()["memory_queries"] == 1 && window()["type_queries"] == 1);
-    CHECK(props.memory_total == total && total == size_t{64} << 20 && std::strcmp(props.device_id, "test:0") == 0);
+    CHECK(props.memory_total == total && total == size_t{64} << 20 &&
+          std::strcmp(props.device_id, "0000:01:00.0") == 0);
+    ggml_backend_dev_props other;
+    ggml_backend_dev_get_props(device("TEST1"), &other);
+    CHECK(other.memory_total == size_t{32} << 20 && other.device_id == nullptr);
     CHECK(props.caps.async && props.caps.events && props.caps.host_buffer && !props.caps.buffer_from_host_ptr);
 }
 
@@ -363,8 +365,14 @@ void test_the_end_of_a_stream() {
     CHECK(on.held(on.c) == 6.0f);
 }
 
-const std::map<std::string, std::pair<std::function<void()>, const char *>> & deaths() {
-    static const std::map<std::string, std::pair<std::function<void()>, const char *>> all = {
+struct death {
+    std::function<void()> of;
+    const char * says;
+    bool only_lazy = false; // elsewhere the work may be done already
+};
+
+const std::map<std::string, death> & deaths() {
+    static const std::map<std::string, death> all = {
         {"touch", {[] { *static_cast<volatile char *>(bench().a->data) = 1; }, ""}},
         {"host source",
          {[] {
@@ -415,26 +423,18 @@ const std::map<std::string, std::pair<std::function<void()>, const char *>> & de
         {"free in use",
          {[] {
               bench on;
-              if (mode != "lazy") { // nothing is queued for long
-                  std::fprintf(stderr, "is freed while queued work uses it\n");
-                  std::abort();
-              }
               on.compute();
               on.memory.reset();
           },
-          "is freed while queued work uses it"}},
+          "is freed while queued work uses it", true}},
         {"free pinned in use",
          {[] {
               bench on;
               pinned from(1.0f);
-              if (mode != "lazy") {
-                  std::fprintf(stderr, "queued transfers use\n");
-                  std::abort();
-              }
               on.upload(on.a, from.data);
               from.buffer.reset();
           },
-          "queued transfers use"}},
+          "queued transfers use", true}},
         {"other type",
          {[] {
               bench on, other("TEST1");
@@ -449,6 +449,18 @@ const std::map<std::string, std::pair<std::function<void()>, const char *>> & de
               ggml_backend_event_record(event, on.stream.get());
           },
           "an event is used that was freed"}},
+        {"event freed while it is waited for",
+         {[] {
+              bench on;
+              on.compute();
+              ggml_backend_event_t event = ggml_backend_event_new(device());
+              ggml_backend_event_record(event, on.stream.get());
+              std::thread other([event] { ggml_backend_event_synchronize(event); });
+              std::this_thread::sleep_for(std::chrono::milliseconds(50));
+              ggml_backend_event_free(event);
+              other.join();
+          },
+          "an event is used that was freed", true}},
         {"beyond",
          {[] {
               bench on;
@@ -462,8 +474,12 @@ const std::map<std::string, std::pair<std::function<void()>, const char *>> & de
 
 void test_deaths(const char * self) {
     for (const auto & one : deaths()) {
-        const std::string command = std::string("'") + self + "' " + mode + " '" + one.first + "' 2>&1";
-        FILE * child              = popen(command.c_str(), "r");
+        if (one.second.only_lazy && !is_lazy()) {
+            continue;
+        }
+        const std::string command =
+            std::string("HYBRIMOE_TEST_DEVICE_WORK_US=200000 '") + self + "' " + mode + " '" + one.first + "' 2>&1";
+        FILE * child = popen(command.c_str(), "r");
         std::string text;
         char part[256];
         while (std::fgets(part, sizeof(part), child) != nullptr) {
@@ -471,7 +487,7 @@ void test_deaths(const char * self) {
         }
         const int status = pclose(child);
         CHECK(status != 0 && text.find("survived") == std::string::npos);
-        if (text.find(one.second.second) == std::string::npos) {
+        if (text.find(one.second.says) == std::string::npos) {
             check::fail(__FILE__, __LINE__, one.first.c_str());
             std::fprintf(stderr, "  %s: status %d, %s\n", one.first.c_str(), status, text.c_str());
         }
@@ -485,9 +501,10 @@ int main(int argc, char ** argv) {
     setenv("HYBRIMOE_TEST_DEVICE_MODE", mode.c_str(), 1);
     setenv("HYBRIMOE_TEST_DEVICES", "2", 1);
     setenv("HYBRIMOE_TEST_DEVICE_MIB", "64,32", 1);
+    setenv("HYBRIMOE_TEST_DEVICE_ID", "0000:01:00.0,none", 1);
     ggml_backend_register(test_device_registry());
     if (argc > 2) {
-        deaths().at(argv[2]).first();
+        deaths().at(argv[2]).of();
         std::fprintf(stderr, "survived\n");
         return 0;
     }

@@ -6,12 +6,14 @@
 // and brings the devices TEST0, TEST1, ... They follow ggml's CUDA backend where backends may differ: set_tensor and
 // get_tensor of a buffer do not wait for what is queued, tensors of another buffer type are refused in transfers, a
 // graph whose uid is the last one's is run again as it was, quantised rows are padded, host memory is pinned or
-// pageable. What a card answers with garbage or a crash is a message ("test device: ...") and an abort here.
+// pageable. What a card answers with garbage or a crash is a message ("test device: ...") and an abort here. So is
+// freeing memory that queued work uses, for which CUDA waits and others do not.
 //
 // Environment, read when the module is loaded:
 //   HYBRIMOE_TEST_DEVICES          how many devices (1)
 //   HYBRIMOE_TEST_DEVICE_MODE      when queued work runs: lazy, as late as its order allows (default); eager, at once;
 //                                  random, at any moment between
+//   HYBRIMOE_TEST_DEVICE_WORK_US   how long each queued operation takes at least, besides its own time (0)
 //   HYBRIMOE_TEST_DEVICE_MIB       memory of a device (4096); a list by commas for each, the last for all others
 //   HYBRIMOE_TEST_DEVICE_ID        device ids as they stand in the properties ("test:0", "test:1"); a list; "none"
 //   HYBRIMOE_TEST_DEVICE_ADDRESSES reuse: a freed address is given out again soon, as cards do (default); fresh: never
