@@ -149,3 +149,13 @@ def test_calls_of_a_layer(
         spent = {key: n for key, n in call.items() if n and "bytes" not in key and key not in ("nodes", "idle_syncs")}
         assert spent == {key: step.get(key, 0) + len(got.layers) * layer.get(key, 0) for key in step | layer}
     assert total(got, "n_misses") == 0
+
+
+def test_live_costs_and_guard(ask: Ask, tiny_model: Callable[..., Path]) -> None:
+    """With costs that are measured, and watched from time to time: on a device with events the worker sees the end."""
+    settings = {"expert_cache": 8, "costs": None, "live_costs": True, "guard": True, "admission": "pays"}
+    # From 256 tokens on the CPU's attention sums in an order that depends on the number of threads.
+    got, difference = ask(tiny_model("qwen3moe", "F32"), settings, prefill=[3], decode=240)
+    assert difference.nmse <= MOST_NMSE, difference
+    assert got.facts["state"]["phase"] == "ready" and not got.facts["state"]["paused"]
+    assert total(got, "n_experts_gpu") + total(got, "n_experts_cpu") > 0

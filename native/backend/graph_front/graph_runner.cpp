@@ -62,6 +62,17 @@ graph_runner::~graph_runner() {
     }
 }
 
+void graph_runner::set_n_threads(int n_threads) {
+    n_threads_ = n_threads;
+    if (is_cpu_) { // a stand-in computes everything on the host's threads
+        const auto set = reinterpret_cast<ggml_backend_set_n_threads_t>(
+            ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(device_), "ggml_backend_set_n_threads"));
+        if (set != nullptr) {
+            set(inner_.get(), n_threads);
+        }
+    }
+}
+
 void graph_runner::set_abort_callback(ggml_abort_callback callback, void * data) {
     callback_      = callback;
     callback_data_ = data;

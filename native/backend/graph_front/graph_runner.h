@@ -29,7 +29,7 @@ public:
     ggml_backend_t inner() const { return inner_.get(); }
     // Queues the graph on the device, as it would itself; blocks until the ids of the last layer that is cut are known.
     ggml_status compute(ggml_cgraph * graph);
-    void set_n_threads(int n_threads) { n_threads_ = n_threads; }
+    void set_n_threads(int n_threads);
     void set_abort_callback(ggml_abort_callback callback, void * data);
 
 private:
