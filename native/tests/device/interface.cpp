@@ -89,7 +89,10 @@ settings read_settings() {
         }
     };
     with("HYBRIMOE_TEST_DEVICES", [&](const char * variable, const std::string & text) {
-        out.n_devices = std::min(number_of(variable, text), max_devices);
+        out.n_devices = number_of(variable, text);
+        if (out.n_devices > max_devices) {
+            throw std::runtime_error(std::string(variable) + " is more than " + std::to_string(max_devices));
+        }
     });
     with("HYBRIMOE_TEST_DEVICE_MODE", [&](const char * variable, const std::string & text) {
         out.mode = choice<run_mode>(
@@ -160,13 +163,13 @@ module_state & here() {
 
 // Looked up when it is needed: programs may load us before it. By name, so that nobody is asked for a type.
 ggml_backend_dev_t cpu() {
-    static ggml_backend_dev_t one = nullptr;
-    if (one == nullptr) {
-        one = ggml_backend_dev_by_name("CPU");
-    }
-    if (one == nullptr) {
-        complain("ggml has no device CPU to compute with");
-    }
+    static const ggml_backend_dev_t one = [] {
+        ggml_backend_dev_t found = ggml_backend_dev_by_name("CPU");
+        if (found == nullptr) {
+            complain("ggml has no device CPU to compute with");
+        }
+        return found;
+    }();
     return one;
 }
 
@@ -190,16 +193,6 @@ ggml_backend_buffer_t buffer_of(const ggml_tensor * t) {
     return t->view_src != nullptr ? t->view_src->buffer : t->buffer;
 }
 
-// The device whose buffer type that is; nullptr: not one of ours.
-device_state * owner(ggml_backend_buffer_t buffer) {
-    for (const auto & one : here().devices) {
-        if (buffer != nullptr && buffer->buft == one->type) {
-            return one.get();
-        }
-    }
-    return nullptr;
-}
-
 region_ptr find_or_complain(const device_state & device, const ggml_tensor * t, size_t offset, size_t size,
                             const char * what) {
     region_ptr found = device.memory.find(static_cast<const char *>(t->data) + offset, size);
@@ -214,7 +207,7 @@ region_ptr find_or_complain(const device_state & device, const ggml_tensor * t, 
 region_ptr of_this_device(const device_state & device, const ggml_tensor * t, size_t offset, size_t size,
                           const char * what) {
     ggml_backend_buffer_t buffer = buffer_of(t);
-    if (owner(buffer) != &device) {
+    if (buffer == nullptr || buffer->buft != device.type) {
         complain("%s: '%s' is in a buffer of type %s, not %s", what, t->name,
                  buffer == nullptr ? "none" : ggml_backend_buffer_name(buffer), device.name.c_str());
     }
@@ -341,6 +334,11 @@ void get_tensor(ggml_backend_buffer_t buffer, const ggml_tensor * t, void * data
     std::memcpy(data, memory->real_of(t->data) + offset, size);
 }
 
+// The device that a buffer is of, whatever its type says now; nullptr: none of ours.
+device_state * owner(ggml_backend_buffer_t buffer) {
+    return buffer != nullptr && buffer->iface.free_buffer == free_buffer ? &of(buffer).device : nullptr;
+}
+
 bool copy_tensor(ggml_backend_buffer_t buffer, const ggml_tensor * from, ggml_tensor * to) {
     device_state * source = owner(buffer_of(from));
     if (source == nullptr) {
@@ -389,12 +387,11 @@ const char * type_name(ggml_backend_buffer_type_t type) {
 
 // Host memory that transfers read and write without the host's help, and so late.
 
-region_ptr new_pinned(char * begin, size_t size) {
+void begin_pinned(char * begin, size_t size) {
     auto one   = std::make_shared<region>();
     one->begin = one->real = begin;
     one->size              = size;
-    pinned_memory().add(one);
-    return one;
+    pinned_memory().add(std::move(one));
 }
 
 void end_pinned(const void * begin, const char * what) {
@@ -423,7 +420,7 @@ ggml_backend_buffer_t alloc_host_buffer(ggml_backend_buffer_type_t type, size_t 
     std::memset(memory, poison, size);
     add(count::host_allocations);
     note("host allocation", -1, static_cast<int64_t>(size));
-    new_pinned(static_cast<char *>(memory), size);
+    begin_pinned(static_cast<char *>(memory), size);
     // Otherwise as the CPU's; its context is the address.
     ggml_backend_buffer_t made = ggml_backend_cpu_buffer_from_ptr(memory, size);
     made->buft                 = type;
@@ -437,7 +434,7 @@ bool register_host_buffer(void * memory, size_t size) {
     }
     add(count::host_registrations);
     note("host registration", -1, static_cast<int64_t>(size));
-    new_pinned(static_cast<char *>(memory), size);
+    begin_pinned(static_cast<char *>(memory), size);
     return true;
 }
 
