@@ -20,7 +20,6 @@ import llama_cpp.llama
 import llama_cpp.llama_chat_format as llama_chat_format
 import numpy as np
 
-from hybrimoe import machine
 from hybrimoe.chat_template import BoundedFormatter, TemplateProcess, bounded_templates
 from hybrimoe.errors import DoesNotFitError, HybrimoeError, ModelError, PluginError, UsageError
 from hybrimoe.expert_options import ExpertOptions
@@ -29,6 +28,7 @@ from hybrimoe.gguf_model import GgufModel, inspect
 from hybrimoe.interrupt import AbortFlag, abort_on_interrupt
 from hybrimoe.llama_log import LlamaLog, llama_log
 from hybrimoe.llama_seam import Loader, LoadSettings
+from hybrimoe.machine import host
 from hybrimoe.native.backend_modules import backend_module_paths, device_names, load_backend_modules
 from hybrimoe.native.plugin import LayerCounters, Plugin, ggml_library, load_plugin
 from hybrimoe.placement import PLUGIN_BUFFER_TYPE, Placement, buffer_types
@@ -98,9 +98,9 @@ class EngineOptions:
         def count(given: int | None, default: int) -> int:
             if given is None:
                 return default
-            return given if given > 0 else machine.n_logical_cpus()
+            return given if given > 0 else host.n_logical_cpus()
 
-        n = count(self.n_threads, machine.n_physical_cores())
+        n = count(self.n_threads, host.n_physical_cores())
         return n, count(self.n_threads_batch, n)
 
 
@@ -530,7 +530,7 @@ def _check_memory(model: GgufModel, options: EngineOptions, n_ctx: int) -> None:
         return size // 6 if model.kv.sliding_window else size
 
     # Weights are mapped from the file and give way under pressure; the KV cache is written and does not.
-    available = machine.memory().available_bytes - _MARGIN_BYTES
+    available = host.memory().available_bytes - _MARGIN_BYTES
     if options.load_mode == "none":
         available -= model.total_bytes
     need = kv_bytes(n_ctx)

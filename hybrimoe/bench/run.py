@@ -96,14 +96,14 @@ def is_together(options: BenchOptions, setup: Setup) -> bool:
     """Whether both processes may stay loaded: none wants the GPU's memory, and main memory holds both."""
     if options.interleave != "auto" or not options.stock:
         return options.interleave != "process"
-    from hybrimoe import machine
     from hybrimoe.gguf_model import inspect
+    from hybrimoe.machine import host
 
     if _uses_gpu(setup):
         return False
     # The file's pages are shared; llama.cpp keeps a repacked copy, we one of the dense part at most.
     model = inspect(setup.model, header_only=True)
-    return machine.memory().available_bytes > 2.2 * model.total_bytes
+    return host.memory().available_bytes > 2.2 * model.total_bytes
 
 
 def _uses_gpu(setup: Setup) -> bool:
@@ -240,8 +240,8 @@ def _apart(options: BenchOptions, setup: Setup, notify: Notify, at: Progress) ->
 
 def describe_machine() -> str:
     """The machine in one line, for the table's foot."""
-    from hybrimoe import machine
+    from hybrimoe.machine import host
 
-    cpu = machine.cpu()
-    gpus = "".join(f", {gpu.name}" for gpu in machine.gpus())
-    return f"{cpu.name}, {cpu.n_cores} cores, {machine.memory().total_bytes / 2**30:.0f} GiB{gpus}"
+    cpu = host.cpu()
+    gpus = "".join(f", {gpu.name}" for gpu in host.gpus())
+    return f"{cpu.name}, {cpu.n_cores} cores, {host.memory().total_bytes / 2**30:.0f} GiB{gpus}"

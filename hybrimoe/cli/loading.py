@@ -269,13 +269,13 @@ def _total_bytes(path: Path) -> int:
 def _warn_about_gpu(settings: Settings) -> None:
     import llama_cpp
 
-    from hybrimoe import machine
+    from hybrimoe.machine import host
 
     if llama_cpp.llama_supports_gpu_offload():
         return
     if not settings.is_default("n_gpu_layers") and settings.n_gpu_layers != 0:
         warn("-ngl has no effect: this llama-cpp-python was built without GPU support", "hybrimoe doctor")
-    elif card := machine.notable_gpu():
+    elif card := host.notable_gpu():
         warn(f"{card.name} is not used: this llama-cpp-python was built without GPU support", card.build_command)
 
 

@@ -257,7 +257,7 @@ def _list_profiles() -> None:
 
 
 def _simulate(request: Request) -> int:
-    from hybrimoe import machine
+    from hybrimoe.machine import host
     from hybrimoe.simulate import report
     from hybrimoe.simulate.run import run
     from hybrimoe.trace.files import save
@@ -272,7 +272,7 @@ def _simulate(request: Request) -> int:
         return _recorded(request)
     points = _points(request)
     with progress(f"simulating {len(points)} combinations") as update:
-        rows = run(points, request.jobs or machine.n_logical_cpus(), update)
+        rows = run(points, request.jobs or host.n_logical_cpus(), update)
     text = report.render(rows, request.form)
     if request.output is not None:
         save(request.output, (text + "\n").encode())

@@ -59,13 +59,13 @@ class PlanMachine:
     @classmethod
     def here(cls, calibration: Calibration | None = None) -> PlanMachine:
         """This machine; without a calibration no speed is predicted."""
-        from hybrimoe import machine
+        from hybrimoe.machine import host
 
         cards = local_cards()
         bare = cls(
             name="this machine",
             source="not probed",
-            ram_bytes=machine.memory().available_bytes,
+            ram_bytes=host.memory().available_bytes,
             vram_bytes=tuple(n_bytes for _, n_bytes in cards),
             gpu_name=cards[0][0] if cards else "",
             dense_bytes_per_us=0.0,
