@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from hybrimoe.dry_load import Buffers, LoadShape, dry_load
 from hybrimoe.errors import HybrimoeError
 from hybrimoe.gguf_header import GGML_TYPES
-from hybrimoe.planning.machines import PlanMachine, moe_layers
+from hybrimoe.planning.work import moe_layers
+from hybrimoe.machine.machine import Machine as PlanMachine
 
 if TYPE_CHECKING:
     from hybrimoe.gguf_model import GgufModel
