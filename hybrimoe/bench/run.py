@@ -151,10 +151,12 @@ def _open_fitting(options: BenchOptions, worker: WorkerOptions, setup: Setup) ->
 
 def _guessed_n_cpu_moe(model: GgufModel, setup: Setup, n_ctx: int) -> int:
     """`-ncmoe` that ought to fit, from the header's sizes."""
-    from hybrimoe.planning import PlanMachine, Setting, make_plan
+    from hybrimoe.machine.here import this_machine
+    from hybrimoe.planning import Setting, measure_needs, plan_memory
 
     setting = Setting(n_ctx, setup.n_batch, setup.n_ubatch, setup.flash_attn, setup.type_k, setup.type_v)
-    room = make_plan(model, setting, PlanMachine.here()).memory.cache_bytes
+    setting = setting.of_model(model)
+    room = plan_memory(model, measure_needs(model, setting), setting, this_machine()).cache_bytes
     n_on_cpu = 0
     for layer in reversed([layer for layer in model.moe_layers if not layer.predicts_ahead]):
         room -= layer.n_experts * layer.bytes_per_expert

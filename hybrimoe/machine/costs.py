@@ -98,6 +98,16 @@ class CostTable:
     def with_ceiling(self, bytes_per_us: float) -> CostTable:
         return replace(self, dram_bytes_per_us=bytes_per_us)
 
+    def read_rates(self) -> tuple[float, float, float]:
+        """(CPU, all devices, all links): bytes per microsecond that experts of the first class are read with, one token
+        each; 0 where there is no such part."""
+        one = self.classes[0]
+        return (
+            one.expert_bytes / one.cpu[0][1],
+            sum(one.expert_bytes / curve[0][1] for curve in one.gpu),
+            sum(device.bytes_per_us for device in self.devices),
+        )
+
     def one_token_us(self, layer: int, device: int | None = None) -> float:
         """Time of one expert with one token, on the CPU (None) or on a device, without fixed costs."""
         one = self.classes[self.layer_class[layer]]

@@ -5,8 +5,8 @@ The grammar (docs/cost-model.md, "Describing a machine"):
     machine = preset [":" pairs] | pairs | file | calibration ["@" model] | "this"
     pairs   = key "=" value {"," key "=" value}
 
-Later pairs of a preset replace what it says. Every figure has bounds that no machine comes near; beyond them, for unknown
-names and for parts that contradict each other a UsageError says what is wrong and what is known.
+Later pairs of a preset replace what it says. Every figure has bounds that no machine comes near; beyond them, for
+unknown names and for parts that contradict each other a UsageError says what is wrong and what is known.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hybrimoe.machine.cpus import FAMILIES
 from hybrimoe.machine.machine import SYSTEM_BYTES, Machine
 from hybrimoe.machine.parts import Card, Cpu, Link, Ram, find_card, find_cpu, unknown_card
 
-__all__ = ["describe", "presets"]
+__all__ = ["KEYS", "changed", "describe", "memory_of_kind", "presets"]
 
 _FOLDER = Path(__file__).parent / "presets"
 KEYS = {
@@ -81,6 +81,15 @@ def describe(text: str) -> Machine:
     if not colon or not changes:
         return machine
     return replace(_assemble(text, _pairs(changes), machine), name=text)
+
+
+def changed(machine: Machine, text: str) -> Machine:
+    """The machine with parts replaced, `ram=ddr5-8000x2,link=pcie5`: what was measured on it as a whole is gone. Raises
+    UsageError."""
+    made = _assemble(text, _pairs(text), machine)
+    if "ram" not in text:  # what is free of its memory now
+        made = replace(made, ram_bytes=machine.ram_bytes)
+    return replace(made, name=f"{machine.name}:{text}")
 
 
 def _preset(name: str) -> Machine:
@@ -224,23 +233,28 @@ def _ram(pairs: Mapping[str, str], base: Machine | None, cpu: Cpu, assumed: list
         text = FAMILIES[cpu.family].ram
         assumed.append("ram")
     if text is not None:
-        kind, _, size = text.lower().partition(":")
-        match = _RAM.fullmatch(kind)
-        if match is None:
-            raise UsageError(f"--machine: '{text}' is not a kind of memory", "for example ram=ddr5-6000x2:96GiB")
-        mts = float(match[2] or _USUAL_MTS[match[1]])
-        if not _MTS_RANGE[0] <= mts <= _MTS_RANGE[1]:
-            raise UsageError(f"--machine: {mts:.0f} million transfers a second are not a memory's", "such as ddr5-6000")
-        if match[2] is None and "ram" not in assumed:
+        read = memory_of_kind(text)
+        if not re.search(r"-\d", text) and "ram" not in assumed:
             assumed.append("ram")
-        channels = _whole(match[3] or "2", "memory channels", _MOST_CHANNELS)
-        n_bytes = _size(text.partition(":")[2], "ram", _MOST_RAM_BYTES) if size else ram.n_bytes if ram else 0
-        ram = Ram(match[1], mts, channels, n_bytes or _USUAL_RAM_BYTES)
+        ram = replace(read, n_bytes=read.n_bytes or (ram.n_bytes if ram else _USUAL_RAM_BYTES))
     assert ram is not None
     if (measured := _gbs(pairs, "ram-gbs")) is not None:
         ram = replace(ram, measured_bytes_per_s=measured)
         assumed[:] = [part for part in assumed if part != "ram"]
     return ram
+
+
+def memory_of_kind(text: str) -> Ram:
+    """`ddr5-6000x2:96GiB`; 0 bytes where no size is given. Raises UsageError."""
+    kind, _, size = text.strip().partition(":")
+    match = _RAM.fullmatch(kind.lower())
+    if match is None:
+        raise UsageError(f"--machine: '{text}' is not a kind of memory", "for example ram=ddr5-6000x2:96GiB")
+    mts = float(match[2] or _USUAL_MTS[match[1]])
+    if not _MTS_RANGE[0] <= mts <= _MTS_RANGE[1]:
+        raise UsageError(f"--machine: {mts:.0f} million transfers a second are not a memory's", "such as ddr5-6000")
+    channels = _whole(match[3] or "2", "memory channels", _MOST_CHANNELS)
+    return Ram(match[1], mts, channels, _size(size, "ram", _MOST_RAM_BYTES) if size else 0)
 
 
 def _link(

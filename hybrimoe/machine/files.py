@@ -1,4 +1,4 @@
-"""Opening a machine by whatever names it: a description, a preset, a file of measured parts, a calibration, or `this`."""
+"""Opening a machine by whatever names it: a description, a preset, a file of measured parts, a calibration, `this`."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ class Machine:
         return (self.disk_bytes_per_s or CONSTANTS.disk_bytes_per_s) / 1e6
 
     def costs(self, model: GgufModel | ModelIdentity) -> CostTable:
-        """The cost table of a model's experts. Raises UsageError where the model does not say enough, CalibrationError."""
+        """The cost table of a model's experts. Raises UsageError for a trace that says too little, CalibrationError."""
         if self.table is not None:
             return self.table
         if self.calibration is not None:
@@ -129,8 +129,8 @@ class Machine:
         return rates.link_bytes_per_us(self.link, self.cpu, self.ram, pinned=pinned)
 
     def gap_us(self, model: ModelIdentity) -> float | None:
-        """Time from the end of one layer's experts to the next layer's, of which a trace knows only the dense bytes; None
-        where it does not."""
+        """Time from the end of one layer's experts to the next layer's, of which a trace knows only the dense bytes;
+        None where it does not."""
         if self.table is not None:
             return self.table_gap_us
         if not model.dense_bytes:
@@ -194,8 +194,8 @@ def expert_shapes(model: GgufModel | ModelIdentity) -> list[ExpertShape]:
 
 
 def from_section(name: str, data: Mapping[str, Any]) -> Machine:
-    """A machine of which only a cost section is known, as a calibration or a trace holds it. Raises KeyError, TypeError or
-    ValueError for what is none."""
+    """A machine of which only a cost section is known, as a calibration or a trace holds it. Raises KeyError, TypeError
+    or ValueError for what is none."""
     table = CostTable.from_json(data)
     gap = data.get("gap_us")
     cpu = Cpu(name, "unknown", 1, 0, 1.0, is_known=False)

@@ -3,8 +3,8 @@
 Plain llama.cpp is priced term by term (`hybrimoe.machine.rates`). For ours the policy core's own scheduler plans each
 layer's experts on the machine's cost table; the rest are the same terms. What no header tells is how often a slot holds
 the expert that is asked for. Bounds: with uniform routing a cache holding the share f of the experts hits f of the
-queries; skewed routing is taken as 1 - (1 - f)^2, near what HybriMoE sec. IV-D reports (25 % cached: 36-53 %, 75 %: 83 %
-of the queries hit). The expectation is the middle of both.
+queries; skewed routing is taken as 1 - (1 - f)^2, near what HybriMoE sec. IV-D reports (25 % cached: 36-53 %, 75 %:
+83 % of the queries hit). The expectation is the middle of both.
 """
 
 from __future__ import annotations
@@ -104,13 +104,23 @@ class Speed:
 
 
 class SpeedModel:
-    """Predictions for one model on one machine; `depth` tokens are in the context already.
+    """Predictions for one model on one machine; `depth` tokens are in the context already. `dram_factor`: what a probed
+    machine's dense weights would be read faster in another memory.
 
     Raises CalibrationError where a probe does not price the model.
     """
 
-    def __init__(self, work: ModelWork, machine: Machine, depth: int = 0, constants: Constants = CONSTANTS):
+    def __init__(
+        self,
+        work: ModelWork,
+        machine: Machine,
+        depth: float = 0,
+        constants: Constants = CONSTANTS,
+        *,
+        dram_factor: float = 1.0,
+    ):
         self.work, self.machine, self.depth, self.k = work, machine, depth, constants
+        self._dram_factor = dram_factor
         self.moe = [layer for layer in work.layers if layer.moe is not None]
         self._table: CostTable | None = None
         self._costs: Any = None
@@ -139,7 +149,7 @@ class SpeedModel:
     def _decode(self, place: LayerPlacement) -> list[Term]:
         work, machine, k = self.work, self.machine, self.k
         card, cpu = _Sum(), _Sum()
-        kv_card = n_layers_card = 0
+        n_layers_card = 0
         n_handed = 0
         cpu_experts = cpu_nodes = 0.0
         for layer, dense_on_card, experts_on_card in zip(work.layers, place.dense, place.experts, strict=True):
@@ -348,7 +358,8 @@ class SpeedModel:
         calibration, work = self.machine.calibration, self.work
         assert calibration is not None
         dense = work.output.n_bytes + sum(layer.dense.n_bytes for layer in work.layers)
-        us = (dense + work.kv_read_bytes(self.depth)) / calibration.dense_bytes_per_us()
+        faster = 1.0 if self.machine.has_card else self._dram_factor
+        us = (dense + work.kv_read_bytes(self.depth)) / calibration.dense_bytes_per_us() / faster
         us += len(self.moe) * calibration.step_us() + work.buffers.n_graph_nodes * calibration.node_us()
         return Term("the rest", us, "GPU" if self.machine.has_card else "DRAM")
 
