@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from hybrimoe.errors import UsageError
+
 if TYPE_CHECKING:
     from hybrimoe.native.core import Costs
 
@@ -47,7 +49,17 @@ class CostTable:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> CostTable:
-        """Reads a cost section. Raises KeyError, TypeError or ValueError for what is none."""
+        """Reads a cost section. Raises UsageError for what is none."""
+        hint = "run: hybrimoe probe"
+        try:
+            return cls._of(data)
+        except KeyError as error:
+            raise UsageError(f"the calibration lacks {error}", hint) from error
+        except (TypeError, ValueError, AttributeError, OverflowError, IndexError) as error:
+            raise UsageError(f"the calibration is malformed: {error}", hint) from error
+
+    @classmethod
+    def _of(cls, data: Mapping[str, Any]) -> CostTable:
         return cls(
             tuple(int(n) for n in data["layer_class"]),
             tuple(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,38 +29,36 @@ def open_machine(text: str) -> Machine:
         UsageError: it is none of these, or a calibration without a model.
         HybrimoeError: the calibration is missing, damaged, or was changed by hand.
     """
-    from hybrimoe.machine.describe import describe
+    from hybrimoe.machine.describe import changed, describe
 
+    file, colon, changes = text.partition(":")
+    if colon and file.endswith(".json") and _exists(Path(file)):
+        return replace(changed(read_machine(Path(file)), changes), name=text)
     name, _, model = text.partition("@")
     path = _calibration_path() if name == THIS_MACHINE else Path(name)
-    if name != THIS_MACHINE and not _is_file(path):
+    if name != THIS_MACHINE and not _exists(path):
         if name.endswith(".json") and "=" not in name:
             raise UsageError(f"no such machine: there is no file '{name}'", "hybrimoe plan --machines")
         return describe(text)
-    data = _read_json(path) if path.is_file() else {"fit": {}}
+    data = _read_json(path) if _exists(path) else {"fit": {}}
     if "fit" in data:
         return _of_probe(name, path, model)
     section = data.get("costs", data)
     if isinstance(section, dict) and "classes" in section:
-        try:
-            return from_section(path.stem, section)
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, IndexError) as error:
-            raise UsageError(
-                f"'{path}' is not a cost section: {error}", "docs/simulate.md describes the file"
-            ) from error
+        return from_section(path.stem, section)
     return read_machine(path)
 
 
 def with_model(text: str, model: Path | None) -> str:
     """The machine's text with the model that a probe's calibration needs; others stay as they are."""
     path = Path(text)
-    is_probe = text == THIS_MACHINE or (_is_file(path) and "fit" in _read_json(path))
+    is_probe = text == THIS_MACHINE or (_exists(path) and "fit" in _read_json(path))
     return f"{text}@{model}" if is_probe and model is not None else text
 
 
-def _is_file(path: Path) -> bool:
+def _exists(path: Path) -> bool:
     try:
-        return path.is_file()
+        return path.exists()
     except (OSError, ValueError):  # too long for a name
         return False
 

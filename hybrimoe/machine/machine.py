@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from hybrimoe.errors import UsageError
 from hybrimoe.machine import rates
 from hybrimoe.machine.constants import CONSTANTS
 from hybrimoe.machine.costs import CostTable, Device, ExpertClass, layer_classes
@@ -87,6 +88,12 @@ class Machine:
     def costs(self, model: GgufModel | ModelIdentity) -> CostTable:
         """The cost table of a model's experts. Raises UsageError for a trace that says too little, CalibrationError."""
         if self.table is not None:
+            n_layers, n_theirs = len(self.table.layer_class), _n_layers(model)
+            if n_layers != n_theirs:
+                raise UsageError(
+                    f"the calibration '{self.name}' is for {n_layers} MoE layers, '{model.name}' has {n_theirs}",
+                    "use a calibration of this model, or a machine: hybrimoe simulate --machines",
+                )
             return self.table
         if self.calibration is not None:
             return CostTable.from_json(self.calibration.cost_section(model))  # type: ignore[arg-type]
@@ -175,9 +182,14 @@ class Machine:
         }  # fmt: skip
 
 
+def _n_layers(model: GgufModel | ModelIdentity) -> int:
+    from hybrimoe.gguf_model import GgufModel
+
+    return len(expert_shapes(model)) if isinstance(model, GgufModel) else model.n_layers
+
+
 def expert_shapes(model: GgufModel | ModelIdentity) -> list[ExpertShape]:
     """[n_layers] one expert of each MoE layer that decoding runs. Raises UsageError for a trace without bytes."""
-    from hybrimoe.errors import UsageError
     from hybrimoe.gguf_model import GgufModel
 
     if isinstance(model, GgufModel):
@@ -194,8 +206,7 @@ def expert_shapes(model: GgufModel | ModelIdentity) -> list[ExpertShape]:
 
 
 def from_section(name: str, data: Mapping[str, Any]) -> Machine:
-    """A machine of which only a cost section is known, as a calibration or a trace holds it. Raises KeyError, TypeError
-    or ValueError for what is none."""
+    """A machine of which only a cost section is known, as a calibration or a trace holds it. Raises UsageError."""
     table = CostTable.from_json(data)
     gap = data.get("gap_us")
     cpu = Cpu(name, "unknown", 1, 0, 1.0, is_known=False)

@@ -162,10 +162,10 @@ def test_dense_models_are_refused_before_they_are_downloaded(hub: Hub, tmp_path:
 def test_what_does_not_fit_is_refused_with_code_4(hub: Hub, tiny: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 
-    from hybrimoe.planning import PlanMachine
+    from hybrimoe.machine import here
 
-    here = PlanMachine.here()
-    monkeypatch.setattr(PlanMachine, "here", lambda *_: replace(here, ram_bytes=1 << 20, vram_bytes=()))
+    machine = here.this_machine()
+    monkeypatch.setattr(here, "this_machine", lambda *_: replace(machine, ram_bytes=1 << 20, cards=()))
     hub.files = {"m-Q4_K_M.gguf": tiny}
     with pytest.raises(DoesNotFitError) as caught:
         pull(Reference.parse("user/repo"), no_progress)
