@@ -16,17 +16,17 @@ class Constants:
     """See docs/cost-model.md, "The terms". The first six are fitted."""
 
     # A core's speed at dot products with weights that come from main memory, as a share of its speed in the cache.
-    streaming_share: float = 0.35
+    streaming_share: float = 0.37
     # One node of the graph on a card: its kernel's fixed time, averaged over views (which cost nothing) and kernels.
-    node_us: float = 1.2
+    node_us: float = 1.25
     # Handing one layer's experts to the CPU and back: wait for the card, copy activations both ways, wake the threads.
-    handover_us: float = 60.0
+    handover_us: float = 55.0
     # Quantised matrix products of large batches, as a share of a card's dense INT8 rate.
-    matrix_share: float = 0.22
+    matrix_share: float = 0.21
     # Tokens of one expert at which a card's matrix product reaches half of that.
-    half_tokens: float = 58.0
+    half_tokens: float = 55.0
     # Activations that one node of a prompt's graph moves, in numbers of n_tokens x n_embd floats.
-    activation_moves: float = 1.6
+    activation_moves: float = 1.3
 
     # --- with a source ---
     # Launching one kernel where no CUDA graph does, on a core of _REFERENCE_THREAD's speed: 2-4 us a kernel, about a
@@ -37,7 +37,8 @@ class Constants:
     # Reading memory with all cores: STREAM reaches about 80 % of the peak with two channels, 65-75 % on servers.
     dram_share: float = 0.8
     server_dram_share: float = 0.7
-    # Two sockets share no more than one socket's memory and a little, unless pages are spread (llama.cpp issue 11744).
+    # Threads of two sockets read pages that lie on one of them: little more than one socket's memory, unless pages are
+    # spread (llama.cpp, docs of --numa). Assumed.
     second_socket: float = 0.2
     # A copy from pageable memory is read, written to the driver's pinned buffer, and read again by the card.
     pageable_passes: float = 3.0

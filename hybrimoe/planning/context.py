@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hybrimoe.gguf_model import GgufModel
     from hybrimoe.machine.machine import Machine
 
-__all__ = ["ContextChoice", "choose_context"]
+__all__ = ["ContextChoice", "choose_context", "needs_no_choice"]
 
 _USUAL_CTX = 8192
 _LEAST_CTX = 512
@@ -44,6 +44,17 @@ def choose_context(model: GgufModel, setting: Setting, machine: Machine, n_paral
     careful = replace(machine, ram_bytes=int(_RAM_SHARE * machine.ram_bytes))
     chosen = _choose(model, setting, careful, n_parallel)
     return replace(chosen, memory=plan_memory(model, chosen.needs, chosen.setting, machine))
+
+
+def needs_no_choice(model: GgufModel, setting: Setting, machine: Machine) -> bool:
+    """Whether all that the model was trained with, or `setting.n_ctx`, leaves half of the memory free anyway and there
+    is no card: then llama.cpp need not be asked before every start."""
+    from hybrimoe.engine import KV_TYPES
+
+    n_ctx = setting.n_ctx or model.n_ctx_train
+    kinds = KV_TYPES[setting.cache_type_k][1], KV_TYPES[setting.cache_type_v][1]
+    size = model.total_bytes + model.kv.bytes_for(n_ctx, *kinds)
+    return not machine.has_card and n_ctx > 0 and 2 * size <= machine.ram_bytes
 
 
 def _choose(model: GgufModel, setting: Setting, machine: Machine, n_parallel: int) -> ContextChoice:

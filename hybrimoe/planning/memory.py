@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # llama.cpp leaves so much of a card free when it fits a model by itself (`fit_params_target` in common/common.h).
 VRAM_MARGIN_BYTES = 1 << 30
 # The interpreter and its libraries; with a card also the staging buffers of copies. Assumed.
-_PROCESS_BYTES = 300 << 20
+_PROCESS_BYTES = 256 << 20
 _STAGING_BYTES = 256 << 20
 _CTX_STEP = 256
 _LEAST_CTX = 512
@@ -261,6 +261,41 @@ def placed_memory(work: ModelWork, needs: Needs, machine: Machine, place: LayerP
     ram += _STAGING_BYTES if vram else needs.compute_bytes
     return PlacedMemory(
         vram + margin, ram, vram + margin <= sum(machine.card_bytes), _missing(ram, machine.ram_bytes, max(1, left))
+    )
+
+
+def check_context(
+    model: GgufModel, n_ctx: int, cache_types: tuple[str, str], *, weights_are_copied: bool = False
+) -> None:
+    """The engine's guard without a card: what it refuses no plan calls running. llama.cpp is not asked, so the KV cache
+    is a lower bound. `weights_are_copied`: nothing is mapped from the file.
+
+    Raises DoesNotFitError.
+    """
+    from hybrimoe.engine import KV_TYPES
+    from hybrimoe.errors import DoesNotFitError
+    from hybrimoe.machine import host
+
+    def kv_bytes(n: int) -> int:
+        size = model.kv.bytes_for(n, KV_TYPES[cache_types[0]][1], KV_TYPES[cache_types[1]][1])
+        # Layers with a sliding window keep only that; the file does not say which, but never more than 5 of 6 have one
+        # (gemma's pattern).
+        return size // 6 if model.kv.sliding_window else size
+
+    # Weights are mapped from the file and give way under pressure; the KV cache is written and does not.
+    available = host.memory().available_bytes - _PROCESS_BYTES
+    if weights_are_copied:
+        available -= model.total_bytes
+    need = kv_bytes(n_ctx)
+    if need <= available:
+        return
+    per_token = max(1, need // n_ctx)
+    fitting = max(0, available) // per_token // _CTX_STEP * _CTX_STEP
+    hint = f"use -c {fitting} or less" if fitting else "close other programs, or use a machine with more memory"
+    raise DoesNotFitError(
+        f"the KV cache for {n_ctx} tokens of context takes {need / 2**30:.1f} GiB, "
+        f"{max(0, available) / 2**30:.1f} GiB of memory are free",
+        hint,
     )
 
 
