@@ -14,7 +14,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,11 @@ _GUESS = {
 _PULL, _PULL_SIGMA = 0.05, 0.5
 _MOST_SHARE = 0.95
 _FIRST_STEP, _LAST_STEP = 0.4, 0.05
+# Which constants a speed depends on.
+_MATTERS = {
+    "decode": ("streaming_share", "node_us", "handover_us"),
+    "prefill": ("streaming_share", "node_us", "matrix_share", "half_tokens", "activation_moves"),
+}
 # Beyond this logarithm an error counts linearly: a machine that is described wrongly must not decide.
 _BEND = 0.15
 
@@ -59,6 +64,7 @@ class Point:
     place: Any
     depth: int
     n_prompt: int
+    priced: dict[tuple[Any, ...], dict[str, Any]] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -71,6 +77,13 @@ class Point:
         return bool(one.get("tps")) and not one.get("unscored")
 
     def price(self, name: str, k: Constants) -> dict[str, Any]:
+        """Prediction and measurement of 'decode' or 'prefill'; kept, since a fit comes back to the same constants."""
+        seen = (name, *(getattr(k, one) for one in _MATTERS[name]))
+        if seen not in self.priced:
+            self.priced[seen] = self._price(name, k)
+        return self.priced[seen]
+
+    def _price(self, name: str, k: Constants) -> dict[str, Any]:
         from hybrimoe.planning.speed import SpeedModel
 
         model = SpeedModel(self.work, self.machine, self.depth, k)

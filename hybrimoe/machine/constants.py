@@ -55,7 +55,7 @@ class Constants:
     # Sampling, logits to the host, the call itself.
     token_us: float = 200.0
     # Graph nodes of one layer's experts, which run on the CPU with it.
-    expert_nodes: int = 8
+    expert_nodes: float = 8.0
     # Latency of a small copy.
     copy_latency_us: float = 6.5
     # Random reads of expert-sized pieces from an NVMe drive that nothing else is known of.

@@ -128,7 +128,7 @@ def _cgroup_folders() -> list[Path]:
 
 
 def _reclaimable_bytes(folder: Path) -> int:
-    """The page cache, which counts as used but gives way: a model that was mapped before must not look like lost memory.
+    """The page cache, which counts as used but gives way: a model that was mapped before is no lost memory.
 
     Pages that were read twice stand in the active list and give way as well.
     """
