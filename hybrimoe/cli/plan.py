@@ -334,6 +334,8 @@ def _speed_table(made: ModelPlan) -> str:
             f"larger than main memory: {made.memory.missing:.0%} of the experts come from the disk, "
             f"{made.machine.disk_rate / 1e3:.1f} GB/s"
         )
+    if made.plain_is_faster:
+        lines.append("plain llama.cpp is predicted to be faster here: --no-plugin")
     main = made.ours or made.stock
     if main is not None and main[1].widest:
         lines.append(f"the range of decode is wide for {main[1].widest}" + _narrowed_by(main[1]))

@@ -67,7 +67,9 @@ def _choose(model: GgufModel, setting: Setting, machine: Machine, n_parallel: in
     at_usual = _at(model, replace(setting, n_ctx=usual), machine)
     if usual == most:
         if at_usual.memory.runs:
-            return replace(at_usual, reason=f"context {most} tokens, all that it was trained with")
+            return replace(
+                at_usual, reason=f"context {most} tokens{_shared(most, n_parallel)}, all that it was trained with"
+            )
         return _largest_that_runs(model, setting, machine, usual, at_usual)
     at_most = _at(model, replace(setting, n_ctx=most), machine)
     if not at_usual.memory.runs:
@@ -81,7 +83,9 @@ def _choose(model: GgufModel, setting: Setting, machine: Machine, n_parallel: in
 
     least = (1 - _MOST_LOSS) * decode(at_usual)
     if decode(at_most) >= least:
-        return replace(at_most, reason=f"context {most} tokens, all that it was trained with")
+        return replace(
+            at_most, reason=f"context {most} tokens{_shared(most, n_parallel)}, all that it was trained with"
+        )
     low, high = usual // _STEP, most // _STEP
     while high - low > 1:
         middle = (low + high) // 2
@@ -92,11 +96,15 @@ def _choose(model: GgufModel, setting: Setting, machine: Machine, n_parallel: in
     chosen = at_usual if n_ctx == usual else _at(model, replace(setting, n_ctx=n_ctx), machine)
     if not chosen.memory.runs:
         chosen = at_usual
-    what = "of decode speed" if machine.has_card else "or main memory"
-    share = f", {chosen.setting.n_ctx // n_parallel} for each of {n_parallel} slots" if n_parallel > 1 else ""
+    why = "would cost decode speed" if machine.has_card else "has no room in main memory"
+    n_ctx = chosen.setting.n_ctx
     return replace(
-        chosen, reason=f"context {chosen.setting.n_ctx} of {trained} tokens{share}: more would cost {what}; -c sets it"
+        chosen, reason=f"context {n_ctx} of {trained} tokens{_shared(n_ctx, n_parallel)}: more {why}; -c sets it"
     )
+
+
+def _shared(n_ctx: int, n_parallel: int) -> str:
+    return f", {n_ctx // n_parallel} for each of {n_parallel} slots" if n_parallel > 1 else ""
 
 
 def _at(model: GgufModel, setting: Setting, machine: Machine) -> ContextChoice:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _QUANTS = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "IQ2_XXS")
 _SMALLER_QUANT = 0.85
 _LEAST_GAIN = 1.02
+_CLEARLY = 1.02
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,13 @@ class ModelPlan:
     ours: tuple[Speed, Speed] | None
     ways: tuple[Way, ...] = ()
     advice: tuple[Advice, ...] = ()
+
+    @property
+    def plain_is_faster(self) -> bool:
+        """Whether plain llama.cpp is predicted to decode clearly faster, in a placement that fits: with everything on
+        the card nothing is left to share, and the plug-in's calls cost."""
+        fitting = [way.decode.per_s for way in self.ways if way.fits]
+        return self.ours is not None and bool(fitting) and max(fitting) > _CLEARLY * self.ours[1].per_s
 
     @property
     def flags(self) -> list[str]:
@@ -115,6 +123,7 @@ class ModelPlan:
             },
             "memory": {**asdict(self.memory), "n_slots": list(self.memory.n_slots), "fits": self.memory.fits},
             "speed": speeds,
+            "plain_is_faster": self.plain_is_faster,
             "ways": [way.to_dict() for way in self.ways],
             "advice": [asdict(a) for a in self.advice],
             "flags": self.flags,

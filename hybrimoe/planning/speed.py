@@ -64,7 +64,7 @@ KINDS = {
     "the rest": Kind("CPU", 0.30, "hybrimoe probe on that machine"),
 }
 # Versions, settings and systems that nobody describes; and what the range holds: 80 % of a normal distribution.
-_COMMON_SIGMA, _ASSUMED_FACTOR, _QUANTILE = 0.12, 1.4, 1.28
+_COMMON_SIGMA, _ASSUMED_FACTOR, _QUANTILE = 0.11, 1.4, 1.28
 
 
 @dataclass(frozen=True)

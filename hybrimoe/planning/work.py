@@ -21,10 +21,10 @@ _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 # Nodes of one layer in llama.cpp's decode graphs, where it could not be asked (counted on its own dry runs): ordinary,
 # latent and recurrent layers.
 _NODES = {"attention": 60, "latent": 75, "recurrent": 105}
-# A sliding window's cache holds the window and one batch, padded (llama.cpp, src/llama-kv-cache-iswa.cpp).
-_WINDOW_PAD = 256
-# Half of the layers have the window where the cache does not tell (gpt-oss).
-_USUAL_FULL_SHARE = 0.5
+# Share of the layers that see the whole context where the others have a sliding window (llama.cpp's `set_swa_pattern`
+# of each model: every second, sixth, fourth layer); the file does not say.
+_FULL_SHARES = {"gpt-oss": 1 / 2, "gemma3": 1 / 6, "gemma3n": 1 / 5, "gemma4": 1 / 6, "llama4": 1 / 4, "cohere2": 1 / 4}
+_USUAL_FULL_SHARE = 1 / 2
 
 
 def moe_layers(model: GgufModel) -> list[MoeLayer]:
@@ -118,14 +118,9 @@ class ModelWork:
     @cached_property
     def full_share(self) -> float:
         """Share of the caching layers that keep the whole context; the others have a sliding window."""
-        window, n_ctx = self.model.kv.sliding_window, self.setting.n_ctx
-        if not window or self._row_bytes <= 0:
+        if not self.model.kv.sliding_window:
             return 1.0
-        kept = -(-(window + self.setting.n_ubatch) // _WINDOW_PAD) * _WINDOW_PAD
-        if n_ctx <= kept:
-            return _USUAL_FULL_SHARE
-        share = (self.buffers.kv_bytes / self._row_bytes - kept) / (n_ctx - kept)
-        return min(1.0, max(0.0, share))
+        return _FULL_SHARES.get(self.model.architecture, _USUAL_FULL_SHARE)
 
     def _seen(self, depth: float) -> float:
         """Tokens that an average caching layer looks at, `depth` tokens in."""

@@ -43,7 +43,9 @@ def test_what_is_not_said_is_assumed_and_named() -> None:
 
 
 def test_what_was_measured_replaces_estimates() -> None:
-    machine = describe("gpu=rtx3060,cpu=5600x,ram=ddr4-3200x2:32GiB,ram-gbs=41,gpu-gbs=310 GB/s,link-gbs=14.5,disk-gbs=6")
+    machine = describe(
+        "gpu=rtx3060,cpu=5600x,ram=ddr4-3200x2:32GiB,ram-gbs=41,gpu-gbs=310 GB/s,link-gbs=14.5,disk-gbs=6"
+    )
     assert machine.ram.measured_bytes_per_s == 41e9
     assert machine.cards[0].measured_bytes_per_s == 310e9
     assert machine.link is not None and machine.link.bytes_per_s == 14.5e9

@@ -140,7 +140,7 @@ def test_a_prompt_asks_for_a_share_of_the_experts() -> None:
 
 
 def test_the_shape_of_popularity_fits_real_routing() -> None:
-    """Measured shares of experts in 128 tokens of single texts: Qwen3-30B 0.588 (top-6 of 128), gpt-oss 0.482 (top-2)."""
+    """Shares of experts measured in 128 tokens of one text: Qwen3-30B 0.588 (top-6 of 128), gpt-oss 0.482 (top-2)."""
     assert rates.active_share(128, 6, 128) == pytest.approx(0.588, abs=0.06)
     assert rates.active_share(128, 2, 128) == pytest.approx(0.482, abs=0.06)
 
