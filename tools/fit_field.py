@@ -2,8 +2,8 @@
 """Fits the constants of the speed model that have no source, on the public list, and prints how well that carries over.
 
 Each machine (card, CPU, memory) is left out in turn: the constants are fitted to the others, and its points priced with
-them. That error is what another machine has to expect. `--terms` shows what each constant is good for: the error when
-it stays at its first guess.
+them. That error is what another machine has to expect. `--terms` shows what each fitted constant is good
+for (the error when it stays at its first guess), and whether fitting others would help.
 """
 
 from __future__ import annotations
@@ -37,18 +37,17 @@ from hybrimoe.errors import as_script
 from hybrimoe.machine.constants import CONSTANTS, FITTED, Constants
 
 # Where a fit begins and, with the weight of a twentieth of a point, is drawn to: half of what is ideal for arithmetic,
-# one read and one write of activations, a microsecond for a kernel, two small copies and a wake-up for a handover.
-_GUESS = {
-    "streaming_share": 0.5, "node_us": 1.0, "handover_us": 50.0, "matrix_share": 0.25, "half_tokens": 32.0,
-    "activation_moves": 2.0,
-}  # fmt: skip
+# matrix products that are half full at one tile of 32, one read and one write of activations.
+_GUESS = {"streaming_share": 0.5, "half_tokens": 32.0, "activation_moves": 2.0}
+# Not fitted, for `--terms`: would fitting them help?
+_OTHERS = ("node_us", "handover_us", "matrix_share", "card_bandwidth_share", "dram_share", "attention_share")
 _PULL, _PULL_SIGMA = 0.05, 0.5
 _MOST_SHARE = 0.95
 _FIRST_STEP, _LAST_STEP = 0.4, 0.05
-# Which constants a speed depends on.
-_MATTERS = {
-    "decode": ("streaming_share", "node_us", "handover_us"),
-    "prefill": ("streaming_share", "node_us", "matrix_share", "half_tokens", "activation_moves"),
+# Constants that a speed does not depend on.
+_NO_MATTER = {
+    "decode": {"half_tokens", "activation_moves", "matrix_share", "attention_share"},
+    "prefill": {"handover_us"},
 }
 # Beyond this logarithm an error counts linearly: a machine that is described wrongly must not decide.
 _BEND = 0.15
@@ -78,7 +77,7 @@ class Point:
 
     def price(self, name: str, k: Constants) -> dict[str, Any]:
         """Prediction and measurement of 'decode' or 'prefill'; kept, since a fit comes back to the same constants."""
-        seen = (name, *(getattr(k, one) for one in _MATTERS[name]))
+        seen = (name, *(getattr(k, one) for one in (*FITTED, *_OTHERS) if one not in _NO_MATTER[name]))
         if seen not in self.priced:
             self.priced[seen] = self._price(name, k)
         return self.priced[seen]
@@ -134,7 +133,8 @@ def loss(points: Sequence[Point], k: Constants, free: Sequence[str]) -> float:
         for p in chosen:
             x = abs(math.log1p(p.price(name, k)["error"]))
             total += (x * x / (2 * _BEND) if x < _BEND else x - _BEND / 2) / math.sqrt(keys.count(p.key))
-    return total + _PULL * sum((math.log(getattr(k, n) / _GUESS[n]) / _PULL_SIGMA) ** 2 for n in free)
+    start = {n: _GUESS.get(n, getattr(CONSTANTS, n)) for n in free}
+    return total + _PULL * sum((math.log(getattr(k, n) / start[n]) / _PULL_SIGMA) ** 2 for n in free)
 
 
 def fit(points: Sequence[Point], free: Sequence[str]) -> Constants:
@@ -195,14 +195,15 @@ def main(argv: list[str] | None = None) -> int:
     left_out = leave_one_out(points, FITTED)
     _print("each machine left out", points, left_out)
     if args.terms:
-        for name in FITTED:
-            free = [other for other in FITTED if other != name]
+        changes = [(f"without {name}", [n for n in FITTED if n != name]) for name in FITTED]
+        changes += [(f"with {name} too", [*FITTED, name]) for name in _OTHERS]
+        for title, free in changes:
             results = leave_one_out(points, free)
             both = []
             for what in ("decode", "prefill"):
                 row = scores([p.data for p in points], results, what)[0]
                 both.append(f"{what} {row['median_error']:.1%} (mean {row['mean_log_error']:.3f})")
-            print(f"without {name}: {', '.join(both)}")
+            print(f"{title}: {', '.join(both)}")
     return 0
 
 

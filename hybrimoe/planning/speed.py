@@ -50,7 +50,7 @@ KINDS = {
     "KV cache": Kind("GPU", 0.30, "--depth"),
     "KV cache on the CPU": Kind("DRAM", 0.30, "--depth", "ram"),
     "handover": Kind("CPU", 0.70, "hybrimoe probe on that machine", "cpu"),
-    "CPU experts": Kind("CPU", 0.36, "ram-gbs=, or hybrimoe probe on that machine", "ram"),
+    "CPU experts": Kind("CPU", 0.35, "ram-gbs=, or hybrimoe probe on that machine", "ram"),
     "CPU weights": Kind("DRAM", 0.30, "ram-gbs=, or hybrimoe probe on that machine", "ram"),
     "CPU kernels": Kind("CPU", 0.50, "hybrimoe probe on that machine", "cpu"),
     "copies": Kind("link", 0.36, "link-gbs=", "link"),
