@@ -92,6 +92,8 @@ def _plan(settings: Settings, model: str | None, *, machine: str | None, as_json
         setting = replace(setting, n_ctx=info.n_ctx_train or 4096)
     axes = parse_axes(settings.values.get("vary", ()))
     chosen = _machine(machine, info, probe=probe)
+    if settings.n_gpu_layers == 0:
+        chosen = chosen.without_cards()
     if axes:
         return _vary(settings, info, setting, chosen, asked, axes, as_json=as_json)
     made = make_plan(info, setting, chosen, asked)
@@ -113,7 +115,13 @@ def _machine(text: str | None, info: GgufModel, *, probe: bool) -> Machine:
     from hybrimoe.machine.here import this_machine
 
     if text is not None and text != THIS_MACHINE:
-        return open_machine(text)
+        machine = open_machine(text)
+        if machine.table is not None:
+            raise UsageError(
+                f"'{text}' holds what experts cost, and nothing of the machine's memory",
+                'describe the machine: --machine "gpu=rtx3060,cpu=5600x,ram=ddr4-3200x2:32GiB"',
+            )
+        return machine
     from hybrimoe.calibration import default_path, load_matching, load_or_probe
 
     if not probe:

@@ -89,7 +89,8 @@ def changed(machine: Machine, text: str) -> Machine:
     made = _assemble(text, _pairs(text), machine)
     if "ram" not in text:  # what is free of its memory now
         made = replace(made, ram_bytes=machine.ram_bytes)
-    return replace(made, name=f"{machine.name}:{text}")
+    source = "estimated from its parts" if machine.is_measured else machine.source
+    return replace(made, name=f"{machine.name}:{text}", source=source)
 
 
 def _preset(name: str) -> Machine:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from hybrimoe.dry_load import Buffers, LoadShape, dry_load
 from hybrimoe.gguf_model import GgufModel, inspect
 from hybrimoe.machine.describe import describe
 from hybrimoe.machine.machine import Machine
-from hybrimoe.planning import ModelPlan, Setting, make_plan, memory
+from hybrimoe.planning import ModelPlan, Setting, make_plan
 
 # Megabytes per expert of the usual 4-bit file, as published shapes give them: (MoE layers, experts, top-k, MB).
 SHAPES = {
@@ -28,22 +27,6 @@ CARDS = {
     24: "rtx4090-pcie4-ddr5",
 }
 Header = Callable[[str], Path]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def asked_once() -> Iterator[None]:
-    """llama.cpp is asked once per model and setting."""
-    asked: dict[object, Buffers] = {}
-
-    def once(model: GgufModel, shape: LoadShape) -> Buffers:
-        key = (model.path, shape)
-        if key not in asked:
-            asked[key] = dry_load(model, shape)
-        return asked[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "dry_load", once)
-        yield
 
 
 def model_of(header: Header, name: str) -> GgufModel:
