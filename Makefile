@@ -11,7 +11,7 @@ SAN    ?=
 PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help chat setup dev test test-all test-hosts test-native fuzz lint format docs reproduce clean
+.PHONY: help chat setup dev test test-all test-hosts test-native fuzz lint format docs field reproduce clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -51,6 +51,9 @@ format: dev  ## rewrite sources as the linters want them
 
 docs: dev  ## docs/cli.md, made from the command line itself
 	@$(PY) tools/make_cli_docs.py
+
+field: dev  ## `hybrimoe plan` against speeds that others measured; LIST=FILE takes another list, JSON=FILE keeps the points
+	@$(PY) tools/price_field.py $(if $(JSON),--json "$(JSON)") $(if $(LIST),"$(LIST)")
 
 reproduce: dev  ## docs/reproduction.md: published figures beside ours (needs HYBRIMOE_TRACES; some minutes)
 	@$(PY) tools/make_reproduction.py

@@ -305,18 +305,19 @@ def _positive(value: Any, *, zero: bool = False) -> None:
 
 def machine_key() -> dict[str, Any]:
     """What a calibration holds for: this machine, its devices with their drivers, and this build."""
-    from hybrimoe import machine, nvml
+    from hybrimoe import nvml
     from hybrimoe.llama_log import llama_log
+    from hybrimoe.machine import host
     from hybrimoe.native.plugin import load_plugin
 
     llama_log()
     plugin = load_plugin()
-    cpu = machine.cpu()
+    cpu = host.cpu()
     return {
         "cpu": cpu.name,
         "n_cores": cpu.n_cores,
         "vector_level": cpu.level,
-        "memory_gib": round(machine.memory().total_bytes / 2**30),
+        "memory_gib": round(host.memory().total_bytes / 2**30),
         "devices": [name for _, name in accelerators()],
         "drivers": sorted({card["driver"] for card in nvml.cards()}),
         "plugin": plugin.version,
@@ -416,12 +417,13 @@ def probe(
     progress: Callable[[str, float], None] | None = None,
 ) -> Calibration:
     """Measures this machine. `devices` None: all GPUs. Raises CalibrationError when the fit is bad, HybrimoeError."""
-    from hybrimoe import machine, nvml
+    from hybrimoe import nvml
+    from hybrimoe.machine import host
     from hybrimoe.probing.fit import BadFitError, fit_all
     from hybrimoe.probing.measure import Request, run_in_child, thread_counts
 
-    n_default = n_threads or machine.n_physical_cores()
-    threads = thread_counts(n_default, max(n_default, machine.n_logical_cpus()), quick=seconds < FULL_SECONDS / 2)
+    n_default = n_threads or host.n_physical_cores()
+    threads = thread_counts(n_default, max(n_default, host.n_logical_cpus()), quick=seconds < FULL_SECONDS / 2)
     key = machine_key()
     chosen = tuple(devices) if devices is not None else tuple(index for index, _ in accelerators())
     request = Request(tuple(shapes), threads, chosen, seconds, str(disk_path or ""))
@@ -444,7 +446,7 @@ def probe(
                     "n_threads": list(threads),
                     "shapes": [asdict(s) for s in shapes],
                     "cards": nvml.cards(),
-                    "numa_nodes": machine.n_numa_nodes(),
+                    "numa_nodes": host.n_numa_nodes(),
                     "fit": fit,
                     "samples": samples,
                 }

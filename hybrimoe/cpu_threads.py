@@ -6,8 +6,8 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from hybrimoe import machine
 from hybrimoe.errors import HybrimoeError, UsageError
+from hybrimoe.machine import host
 
 if TYPE_CHECKING:
     from hybrimoe.engine import EngineOptions
@@ -42,7 +42,7 @@ def with_best_threads(options: EngineOptions, model: GgufModel) -> EngineOptions
         found = calibration.load_matching(options.experts.calibration or calibration.default_path(), model)
     except HybrimoeError:
         return options
-    limit = machine.n_logical_cpus()
+    limit = host.n_logical_cpus()
     decode, prefill = (min(n, limit) for n in found.best_threads(model))
     return replace(options, n_threads=decode, n_threads_batch=options.n_threads_batch or prefill)
 
@@ -50,7 +50,7 @@ def with_best_threads(options: EngineOptions, model: GgufModel) -> EngineOptions
 def pinned(options: EngineOptions) -> EngineOptions:
     """Every expert thread on a processor of its own: physical cores first. Raises UsageError when there are too few."""
     n = max(options.threads())
-    cores = machine.physical_cpus()
+    cores = host.physical_cpus()
     others = sorted(os.sched_getaffinity(0) - set(cores)) if hasattr(os, "sched_getaffinity") else []
     cpus = [*cores, *others]
     if n > len(cpus):

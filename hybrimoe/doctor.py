@@ -14,9 +14,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from hybrimoe import machine
 from hybrimoe.errors import EXIT_OK, HybrimoeError, ModelError, PluginError
 from hybrimoe.host_checks import host_findings, models_folder
+from hybrimoe.machine import host
 
 # enum ggml_backend_dev_type (ggml-backend.h)
 _DEVICE_KINDS = {0: "CPU", 1: "GPU", 2: "integrated GPU", 3: "accelerator", 4: "meta"}
@@ -67,7 +67,7 @@ def diagnose(*, run: bool = True) -> Diagnosis:
 
 
 def _examine_machine(d: Diagnosis) -> None:
-    cpu, memory = machine.cpu(), machine.memory()
+    cpu, memory = host.cpu(), host.memory()
     d.machine = {
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
@@ -79,7 +79,7 @@ def _examine_machine(d: Diagnosis) -> None:
         "memory_available_bytes": memory.available_bytes,
         "memory_limit_bytes": memory.limit_bytes,
         "lock_limit_bytes": _lock_limit(),
-        "gpus": [asdict(gpu) for gpu in machine.gpus()],
+        "gpus": [asdict(gpu) for gpu in host.gpus()],
     }
     if cpu.level in ("AVX", "SSE 4.2", "unknown"):
         d.findings.append(
@@ -174,8 +174,8 @@ def _examine_gpus(d: Diagnosis) -> None:
             text = "llama-cpp-python has GPU support, but finds no card"
             d.findings.append(Finding("warning", "gpu", text, "check the driver: nvidia-smi or vulkaninfo"))
         return
-    notable = machine.notable_gpu()
-    for gpu in machine.gpus():
+    notable = host.notable_gpu()
+    for gpu in host.gpus():
         # A processor's own graphics is no loss; a card is.
         level = "warning" if notable is not None and notable.kind == gpu.kind else "note"
         text = f"{gpu.name} is present, but this llama-cpp-python was built without GPU support: it is not used"

@@ -20,7 +20,6 @@ import llama_cpp.llama
 import llama_cpp.llama_chat_format as llama_chat_format
 import numpy as np
 
-from hybrimoe import machine
 from hybrimoe.chat_template import BoundedFormatter, TemplateProcess, bounded_templates
 from hybrimoe.errors import DoesNotFitError, HybrimoeError, ModelError, PluginError, UsageError
 from hybrimoe.expert_options import ExpertOptions
@@ -29,6 +28,7 @@ from hybrimoe.gguf_model import GgufModel, inspect
 from hybrimoe.interrupt import AbortFlag, abort_on_interrupt
 from hybrimoe.llama_log import LlamaLog, llama_log
 from hybrimoe.llama_seam import Loader, LoadSettings
+from hybrimoe.machine import host
 from hybrimoe.native.backend_modules import backend_module_paths, device_names, load_backend_modules
 from hybrimoe.native.plugin import LayerCounters, Plugin, ggml_library, load_plugin
 from hybrimoe.placement import PLUGIN_BUFFER_TYPE, Placement, buffer_types
@@ -49,8 +49,6 @@ KV_TYPES: Mapping[str, tuple[int, float]] = {
 }
 # llama.cpp rounds the context up to this (src/llama-context.cpp).
 _CTX_STEP = 256
-# Room for compute buffers and the interpreter when the KV cache is weighed against free memory.
-_MARGIN_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -98,9 +96,9 @@ class EngineOptions:
         def count(given: int | None, default: int) -> int:
             if given is None:
                 return default
-            return given if given > 0 else machine.n_logical_cpus()
+            return given if given > 0 else host.n_logical_cpus()
 
-        n = count(self.n_threads, machine.n_physical_cores())
+        n = count(self.n_threads, host.n_physical_cores())
         return n, count(self.n_threads_batch, n)
 
 
@@ -518,32 +516,11 @@ def _context_size(model: GgufModel, options: EngineOptions) -> int:
         raise UsageError(f"'{model.path.name}' does not say how large its context is", "give one with -c")
     on_gpu = options.n_gpu_layers != 0 and bool(llama_cpp.llama_supports_gpu_offload())
     if not on_gpu:
-        _check_memory(model, options, n_ctx)
+        from hybrimoe.planning.memory import check_context
+
+        kinds = options.cache_type_k, options.cache_type_v
+        check_context(model, n_ctx, kinds, weights_are_copied=options.load_mode == "none")
     return -(-n_ctx // _CTX_STEP) * _CTX_STEP if options.n_ctx else 0
-
-
-def _check_memory(model: GgufModel, options: EngineOptions, n_ctx: int) -> None:
-    def kv_bytes(n: int) -> int:
-        size = model.kv.bytes_for(n, KV_TYPES[options.cache_type_k][1], KV_TYPES[options.cache_type_v][1])
-        # Layers with a sliding window keep only that; the file does not say which, but never more than 5 of 6 have one
-        # (gemma's pattern), so this is a lower bound: what does not fit even then is refused.
-        return size // 6 if model.kv.sliding_window else size
-
-    # Weights are mapped from the file and give way under pressure; the KV cache is written and does not.
-    available = machine.memory().available_bytes - _MARGIN_BYTES
-    if options.load_mode == "none":
-        available -= model.total_bytes
-    need = kv_bytes(n_ctx)
-    if need <= available:
-        return
-    per_token = max(1, need // n_ctx)
-    fitting = max(0, available) // per_token // _CTX_STEP * _CTX_STEP
-    hint = f"use -c {fitting} or less" if fitting else "close other programs, or use a machine with more memory"
-    raise DoesNotFitError(
-        f"the KV cache for {n_ctx} tokens of context takes {need / 2**30:.1f} GiB, "
-        f"{max(0, available) / 2**30:.1f} GiB of memory are free",
-        hint,
-    )
 
 
 def _load_error(model: GgufModel, loader: Loader, log: LlamaLog, error: Exception) -> HybrimoeError:

@@ -66,15 +66,15 @@ def _config(path: Path) -> Any:
 
 
 def _machine(path: Path) -> Any:
-    from hybrimoe.profiles import _read
+    from hybrimoe.machine.files import read_machine
 
-    return _read(path)
+    return read_machine(path)
 
 
-def _simulated_machine(path: Path) -> Any:
-    from hybrimoe.simulate.machines import _read_json
+def _opened_machine(path: Path) -> Any:
+    from hybrimoe.machine.files import open_machine
 
-    return _read_json(path)
+    return open_machine(str(path))
 
 
 def _trace(path: Path) -> Any:
@@ -130,7 +130,7 @@ READERS: dict[str, tuple[Callable[[Path], Any], int]] = {
     "calibration": (_calibration, 1),
     "config": (_config, 1),
     "machine": (_machine, 1),
-    "simulated machine": (_simulated_machine, 1),
+    "machine by any name": (_opened_machine, 1),
     "trace": (_trace, 1),
     "import": (_imported, 1),
     "import of CSV": (_imported_csv, 1),

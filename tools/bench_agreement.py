@@ -81,15 +81,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> None:
-    from hybrimoe import machine
     from hybrimoe.gguf_model import inspect
+    from hybrimoe.machine import host
 
     inspect(options.model, header_only=True).require_moe()
     folder = None if options.llama_bench else find_programs(("llama-bench",))
     program = options.llama_bench or (folder and folder / "llama-bench")
     if program is None or not program.is_file():
         raise UsageError("there is no llama-bench", "run tools/build_llama_cpp.py, or name one with --llama-bench")
-    n_threads = options.threads or machine.n_physical_cores()
+    n_threads = options.threads or host.n_physical_cores()
     found = measure(program, options.model, [Test(options.p, 0), Test(0, options.n)], options.turns, n_threads)
     if options.json:
         print(json.dumps(found))

@@ -382,9 +382,9 @@ def provenance(options: argparse.Namespace, model: Any) -> dict[str, Any]:
     """Everything needed to repeat the measurement, and to judge it."""
     import llama_cpp
 
-    from hybrimoe import machine
+    from hybrimoe.machine import host
 
-    cpu = machine.cpu()
+    cpu = host.cpu()
     layer = model.moe_layers[0]
     widths = {t.name.rpartition("blk.")[2].partition(".")[2]: f"{t.type_name} {t.shape}" for t in layer.expert_tensors}
     described = f"{options.model.stem}: {model.n_layers} layers, {model.n_experts} experts, top-{model.n_experts_used}"
@@ -401,7 +401,7 @@ def provenance(options: argparse.Namespace, model: Any) -> dict[str, Any]:
             "n_cores": cpu.n_cores,
             "n_threads": cpu.n_threads,
             "instructions": [flag for flag in cpu.instructions if flag.startswith(NOTABLE_FLAGS)],
-            "memory_bytes": machine.memory().total_bytes,
+            "memory_bytes": host.memory().total_bytes,
             "system": f"{platform.system()} {platform.release()}",
             "python": platform.python_version(),
         },
@@ -495,15 +495,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> None:
-    from hybrimoe import machine
     from hybrimoe.gguf_model import inspect
+    from hybrimoe.machine import host
 
     model = inspect(options.model).require_moe()
     if options.text and not options.text.is_file():
         raise UsageError(f"--text {options.text} is no file", "give a text file, or leave it out for random tokens")
     if options.json and not os.access(options.json.parent, os.W_OK):
         raise HybrimoeError(f"cannot write into {options.json.parent}", "choose another --json FILE")
-    options.threads = options.threads or machine.n_physical_cores()
+    options.threads = options.threads or host.n_physical_cores()
     report: dict[str, Any] = {"provenance": provenance(options, model)}
     if options.peak_memory:
         report |= measure_memory(options)

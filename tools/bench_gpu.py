@@ -293,13 +293,13 @@ class Bench:
 
     def fits_together(self, rows: Sequence[Row], model: GgufModel, cache_bytes: int) -> bool:
         """Whether all rows of a round can stay loaded: in GPU memory, and their copies of weights in the host's."""
-        from hybrimoe import machine
+        from hybrimoe.machine import host
 
         if self.options.keep_loaded != "auto":
             return bool(self.options.keep_loaded == "always")
         on_device = sum(row_bytes(model, row, cache_bytes, self.n_ctx) for row in rows)
         on_host = sum(0 if row.kind == "ours" else model.total_bytes for row in rows)
-        free_host = machine.memory().available_bytes
+        free_host = host.memory().available_bytes
         if self.device.is_cpu:
             return on_device + on_host <= 0.8 * free_host
         return on_device <= 0.9 * self.device.free_bytes and on_host <= 0.8 * free_host
@@ -511,9 +511,9 @@ def baseline_replies(text: str, tests: Sequence[tuple[str, int]]) -> dict[str, A
 def provenance(options: argparse.Namespace, device: Device) -> dict[str, Any]:
     import llama_cpp
 
-    from hybrimoe import machine
+    from hybrimoe.machine import host
 
-    cpu = machine.cpu()
+    cpu = host.cpu()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "tools/bench_gpu.py", *sys.argv[1:]]),
@@ -528,7 +528,7 @@ def provenance(options: argparse.Namespace, device: Device) -> dict[str, Any]:
             "cpu": cpu.name,
             "n_cores": cpu.n_cores,
             "n_threads": cpu.n_threads,
-            "memory_bytes": machine.memory().total_bytes,
+            "memory_bytes": host.memory().total_bytes,
             "system": f"{platform.system()} {platform.release()}",
             "python": platform.python_version(),
         },
@@ -734,10 +734,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def prepare(options: argparse.Namespace) -> None:
     """Completes options from the machine. Raises UsageError."""
-    from hybrimoe import machine
+    from hybrimoe.machine import host
     from hybrimoe.native.backend_modules import backend_module_paths
 
-    options.threads = options.threads or machine.n_physical_cores()
+    options.threads = options.threads or host.n_physical_cores()
     options.models_dir = options.models_dir or cache_root().parent / "bench"
     options.backend = list(options.backend or backend_module_paths())
     for path in [*options.route_trace.values(), *([options.baseline_bin] if options.baseline_bin else [])]:

@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from hybrimoe.machine.describe import describe
 from hybrimoe.native.core_replay import replay_cache
 from hybrimoe.native.core_runtime import Runtime, TransferKind
-from hybrimoe.profiles import load
 from hybrimoe.simulate.replay import make_lookahead
 from hybrimoe.trace.convert import write_imported
 from hybrimoe.trace.format import TraceFile, read
@@ -48,7 +48,7 @@ def main() -> None:
     trace = open_trace(options.trace, options.prompts)
     core = trace.trace()
     n_slots = trace.model.n_expert // 4
-    costs = load(MACHINE).costs(trace.model.expert_bytes)
+    costs = describe(MACHINE).costs(trace.model).costs()
     lookahead = make_lookahead(trace, "recall=0.9")
 
     def clock(prefetch: str) -> None:

@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench_cpu import git_commit, write_json
 
-from hybrimoe import machine
 from hybrimoe.errors import HybrimoeError, as_script
+from hybrimoe.machine import host
 
 QUESTION = "Tell me a long story about a river, a bridge and the people who live beside it."
 N_CTX = 4096
@@ -153,9 +153,9 @@ def main() -> int:
         for is_disturbed in (False, True):
             print(f"pair {pair + 1} of {options.pairs}, {'disturbed' if is_disturbed else 'quiet'}", file=sys.stderr)
             runs.append(child(model, options, is_disturbed))
-    print(f"{machine.cpu().name}; commit {git_commit()}; {model.name}\n\n{table(runs)}")
+    print(f"{host.cpu().name}; commit {git_commit()}; {model.name}\n\n{table(runs)}")
     if options.json is not None:
-        write_json(options.json, {"cpu": machine.cpu().name, "commit": git_commit(), "runs": [asdict(r) for r in runs]})
+        write_json(options.json, {"cpu": host.cpu().name, "commit": git_commit(), "runs": [asdict(r) for r in runs]})
     return 0
 
 

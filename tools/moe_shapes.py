@@ -109,7 +109,7 @@ def _attention(s: Shape, *, biases: bool = False) -> Iterator[Tensor]:
             yield Tensor(f"{name}.bias", (n_out,), "bias")
 
 
-def _experts(s: Shape, *, merged: bool = False, gate: bool = True, biases: bool = False) -> Iterator[Tensor]:
+def expert_tensors(s: Shape, *, merged: bool = False, gate: bool = True, biases: bool = False) -> Iterator[Tensor]:
     yield Tensor("ffn_gate_inp.weight", (s.n_embd, s.n_experts), "router")
     if biases:
         yield Tensor("ffn_gate_inp.bias", (s.n_experts,), "router_bias")
@@ -123,13 +123,13 @@ def _experts(s: Shape, *, merged: bool = False, gate: bool = True, biases: bool 
             yield Tensor(f"ffn_{part}_exps.bias", (n_out, s.n_experts), "expert_bias")
 
 
-def _shared(s: Shape, n_ff: int) -> Iterator[Tensor]:
+def shared_tensors(s: Shape, n_ff: int) -> Iterator[Tensor]:
     yield Tensor("ffn_gate_shexp.weight", (s.n_embd, n_ff), "matrix")
     yield Tensor("ffn_up_shexp.weight", (s.n_embd, n_ff), "matrix")
     yield Tensor("ffn_down_shexp.weight", (n_ff, s.n_embd), "matrix")
 
 
-def _dense_ffn(s: Shape) -> Iterator[Tensor]:
+def dense_ffn(s: Shape) -> Iterator[Tensor]:
     yield Tensor("ffn_gate.weight", (s.n_embd, s.n_ff_dense), "matrix")
     yield Tensor("ffn_up.weight", (s.n_embd, s.n_ff_dense), "matrix")
     yield Tensor("ffn_down.weight", (s.n_ff_dense, s.n_embd), "matrix")
@@ -142,13 +142,13 @@ def _ffn_norm(s: Shape) -> Tensor:
 def _mixtral(s: Shape, i: int) -> Iterator[Tensor]:
     yield from _attention(s)
     yield _ffn_norm(s)
-    yield from _experts(s)
+    yield from expert_tensors(s)
 
 
 def _no_gate(s: Shape, i: int) -> Iterator[Tensor]:
     yield from _attention(s)
     yield _ffn_norm(s)
-    yield from _experts(s, gate=False)
+    yield from expert_tensors(s, gate=False)
 
 
 def _qwen3moe(s: Shape, i: int) -> Iterator[Tensor]:
@@ -162,7 +162,7 @@ def _qwen2moe(s: Shape, i: int) -> Iterator[Tensor]:
     for part, n in (("q", s.n_head * s.head_dim), ("k", s.n_head_kv * s.head_dim), ("v", s.n_head_kv * s.head_dim)):
         yield Tensor(f"attn_{part}.bias", (n,), "bias")
     yield Tensor("ffn_gate_inp_shexp.weight", (s.n_embd,), "bias")
-    yield from _shared(s, s.n_ff_dense)
+    yield from shared_tensors(s, s.n_ff_dense)
 
 
 def _olmoe(s: Shape, i: int) -> Iterator[Tensor]:
@@ -175,17 +175,17 @@ def _gpt_oss(s: Shape, i: int) -> Iterator[Tensor]:
     yield from _attention(s, biases=True)
     yield Tensor("attn_sinks.weight", (s.n_head,), "bias")
     yield Tensor("post_attention_norm.weight", (s.n_embd,), "norm")
-    yield from _experts(s, biases=True)
+    yield from expert_tensors(s, biases=True)
 
 
 def _llama4(s: Shape, i: int) -> Iterator[Tensor]:
     yield from _attention(s)
     yield _ffn_norm(s)
     if i % 2:
-        yield from _experts(s)
-        yield from _shared(s, s.n_ff)
+        yield from expert_tensors(s)
+        yield from shared_tensors(s, s.n_ff)
     else:
-        yield from _dense_ffn(s)
+        yield from dense_ffn(s)
 
 
 def _deepseek2(s: Shape, i: int, *, merged: bool = False, probs_bias: bool = True) -> Iterator[Tensor]:
@@ -205,15 +205,15 @@ def _deepseek2(s: Shape, i: int, *, merged: bool = False, probs_bias: bool = Tru
     yield Tensor("attn_output.weight", (s.n_head * nope, s.n_embd), "matrix")
     yield _ffn_norm(s)
     if i < s.n_dense_lead:
-        yield from _dense_ffn(s)
+        yield from dense_ffn(s)
         return
-    yield from _experts(s, merged=merged)
+    yield from expert_tensors(s, merged=merged)
     if probs_bias:
         yield Tensor("exp_probs_b.bias", (s.n_experts,), "probs_bias")
-    yield from _shared(s, s.n_ff * s.n_shared)
+    yield from shared_tensors(s, s.n_ff * s.n_shared)
 
 
-def _deepseek2_metadata(s: Shape, gating: int) -> dict[str, Value]:
+def deepseek2_metadata(s: Shape, gating: int) -> dict[str, Value]:
     nope = s.head_dim - s.head_dim_rope
     values: dict[str, Value] = {
         "leading_dense_block_count": s.n_dense_lead,
@@ -257,7 +257,7 @@ def _nemotron_h(s: Shape, i: int) -> Iterator[Tensor]:
         yield Tensor("ssm_norm.weight", (n_inner, 1), "norm")
         yield Tensor("ssm_out.weight", (n_inner, s.n_embd), "matrix")
         return
-    yield from _experts(s, gate=False)
+    yield from expert_tensors(s, gate=False)
     yield Tensor("exp_probs_b.bias", (s.n_experts,), "probs_bias")
     yield Tensor("ffn_up_shexp.weight", (s.n_embd, s.n_ff_dense), "matrix")
     yield Tensor("ffn_down_shexp.weight", (s.n_ff_dense, s.n_embd), "matrix")
@@ -320,13 +320,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture("olmoe", "olmoe", "router weights not normalised", replace(_TINY, top_k=3, n_head_kv=4), _olmoe,
                      lambda s: {**_heads(s), "feed_forward_length": s.n_ff}),
         Architecture("deepseek2", "deepseek2", "shared experts, expert groups, sigmoid router with selection bias",
-                     _TINY_MLA, _deepseek2, lambda s: _deepseek2_metadata(s, 2)),
+                     _TINY_MLA, _deepseek2, lambda s: deepseek2_metadata(s, 2)),
         Architecture("deepseek2-merged", "deepseek2", "merged gate_up experts, softmax router, shared experts",
                      replace(_TINY_MLA, n_groups=0, n_groups_used=0, top_k=3),
-                     lambda s, i: _deepseek2(s, i, merged=True, probs_bias=False), lambda s: _deepseek2_metadata(s, 1)),
+                     lambda s, i: _deepseek2(s, i, merged=True, probs_bias=False), lambda s: deepseek2_metadata(s, 1)),
         Architecture("deepseek-lite", "deepseek2", "separate gate and up, softmax router, shared experts",
                      replace(_TINY_MLA, n_groups=0, n_groups_used=0, q_rank=0),
-                     lambda s, i: _deepseek2(s, i, probs_bias=False), lambda s: _deepseek2_metadata(s, 1)),
+                     lambda s, i: _deepseek2(s, i, probs_bias=False), lambda s: deepseek2_metadata(s, 1)),
         Architecture("gpt-oss", "gpt-oss", "router and expert biases, clamped SwiGLU, attention sinks",
                      replace(_TINY, top_k=4), _gpt_oss,
                      lambda s: {**_expert_width(s), "attention.sliding_window": 128}),

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from hybrimoe.machine.files import open_machine
 from hybrimoe.native.core import CPU, Costs, Kind, Scheduler, WorkItem, policies
 from hybrimoe.native.core_replay import Trace, replay_cache, replay_recall
 from hybrimoe.native.core_runtime import Runtime
 from hybrimoe.simulate.grid import Point
-from hybrimoe.simulate.machines import open_machine
 from hybrimoe.simulate.replay import Loaded, replay, steps_of
 from hybrimoe.trace import metrics
 from hybrimoe.trace.format import TraceFile
@@ -398,7 +398,7 @@ def busy_link(t: Traces) -> Iterator[Row]:
 def _drive(t: TraceFile, prefetch: str) -> tuple[float, float, int]:
     """A 4x slower link at half of the tokens: us of stall per token before and after, tokens until it settles."""
     m = t.model
-    section: dict[str, Any] = dict(open_machine("rtx3060-pcie4-ddr4").section(m))
+    section = open_machine("rtx3060-pcie4-ddr4").costs(m).to_json()
     fast = Costs.from_calibration(section)
     link = dict(section["devices"][0])
     slow = Costs.from_calibration({**section, "devices": [{**link, "bytes_per_us": link["bytes_per_us"] / 4}]})

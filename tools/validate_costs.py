@@ -31,9 +31,10 @@ _PROMPT = "The history of computing begins with"
 
 def predict(model: GgufModel, found: calibration.Calibration, n_ctx: int) -> dict[str, float]:
     """Microseconds of one decoded token: all of it, and its experts."""
-    from hybrimoe.planning import PlanMachine, Setting, make_plan
+    from hybrimoe.machine.here import this_machine
+    from hybrimoe.planning import Setting, make_plan
 
-    plan = make_plan(model, Setting(n_ctx=n_ctx), PlanMachine.here(found))
+    plan = make_plan(model, Setting(n_ctx=n_ctx), this_machine(found))
     if plan.ours is None:
         raise HybrimoeError(f"'{model.path.name}' does not fit: {plan.memory.reason}", plan.memory.nearest)
     decode = plan.ours[1]

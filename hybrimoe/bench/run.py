@@ -96,14 +96,14 @@ def is_together(options: BenchOptions, setup: Setup) -> bool:
     """Whether both processes may stay loaded: none wants the GPU's memory, and main memory holds both."""
     if options.interleave != "auto" or not options.stock:
         return options.interleave != "process"
-    from hybrimoe import machine
     from hybrimoe.gguf_model import inspect
+    from hybrimoe.machine import host
 
     if _uses_gpu(setup):
         return False
     # The file's pages are shared; llama.cpp keeps a repacked copy, we one of the dense part at most.
     model = inspect(setup.model, header_only=True)
-    return machine.memory().available_bytes > 2.2 * model.total_bytes
+    return host.memory().available_bytes > 2.2 * model.total_bytes
 
 
 def _uses_gpu(setup: Setup) -> bool:
@@ -151,10 +151,12 @@ def _open_fitting(options: BenchOptions, worker: WorkerOptions, setup: Setup) ->
 
 def _guessed_n_cpu_moe(model: GgufModel, setup: Setup, n_ctx: int) -> int:
     """`-ncmoe` that ought to fit, from the header's sizes."""
-    from hybrimoe.planning import PlanMachine, Setting, make_plan
+    from hybrimoe.machine.here import this_machine
+    from hybrimoe.planning import Setting, measure_needs, plan_memory
 
     setting = Setting(n_ctx, setup.n_batch, setup.n_ubatch, setup.flash_attn, setup.type_k, setup.type_v)
-    room = make_plan(model, setting, PlanMachine.here()).memory.cache_bytes
+    setting = setting.of_model(model)
+    room = plan_memory(model, measure_needs(model, setting), setting, this_machine()).cache_bytes
     n_on_cpu = 0
     for layer in reversed([layer for layer in model.moe_layers if not layer.predicts_ahead]):
         room -= layer.n_experts * layer.bytes_per_expert
@@ -240,8 +242,8 @@ def _apart(options: BenchOptions, setup: Setup, notify: Notify, at: Progress) ->
 
 def describe_machine() -> str:
     """The machine in one line, for the table's foot."""
-    from hybrimoe import machine
+    from hybrimoe.machine import host
 
-    cpu = machine.cpu()
-    gpus = "".join(f", {gpu.name}" for gpu in machine.gpus())
-    return f"{cpu.name}, {cpu.n_cores} cores, {machine.memory().total_bytes / 2**30:.0f} GiB{gpus}"
+    cpu = host.cpu()
+    gpus = "".join(f", {gpu.name}" for gpu in host.gpus())
+    return f"{cpu.name}, {cpu.n_cores} cores, {host.memory().total_bytes / 2**30:.0f} GiB{gpus}"

@@ -275,16 +275,16 @@ def _compare(settings: Settings, files: Sequence[str]) -> int:
 
 def _values(settings: Settings, models: Sequence[str]) -> dict[str, Sequence[Any]]:
     """The values of each field of Setup."""
-    from hybrimoe import machine
+    from hybrimoe.machine import host
 
     values: dict[str, Sequence[Any]] = {"model": models}
     for field, name in _FIELDS.items():
         given = settings.values[name]
         # Lists of lists: a flag may be repeated, and each holds several values.
         flat = [value for group in given for value in group] if given else []
-        default = machine.n_physical_cores() if field == "n_threads" else _DEFAULTS[field]
+        default = host.n_physical_cores() if field == "n_threads" else _DEFAULTS[field]
         values[field] = list(dict.fromkeys(flat)) or [default]
-    values["n_threads"] = [n or machine.n_logical_cpus() for n in values["n_threads"]]
+    values["n_threads"] = [n or host.n_logical_cpus() for n in values["n_threads"]]
     if settings.cpu_moe:
         values["n_cpu_moe"] = [-1]
     return values

@@ -60,8 +60,8 @@ def closed_loop(request: Request) -> int:
 
 def _with_model(changes: MachineChanges, request: Request) -> MachineChanges:
     """With the model that a probe's calibration needs."""
+    from hybrimoe.machine.files import with_model
     from hybrimoe.models import store
-    from hybrimoe.simulate.machines import with_model
 
     if request.model is None or not isinstance(changes.profile, str):
         return changes
@@ -80,8 +80,8 @@ def _say_what_it_is(trace: TraceFile, policy: str, request: Request) -> None:
 
 
 def _n_slots(request: Request, trace: TraceFile, changes: MachineChanges) -> int:
+    from hybrimoe.machine.files import open_machine
     from hybrimoe.simulate import grid
-    from hybrimoe.simulate.machines import open_machine
 
     sizes = grid.split(request.sizes or _DEFAULT_SIZE)
     if len(sizes) != 1:

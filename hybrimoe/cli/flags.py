@@ -57,7 +57,7 @@ MODEL_OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         ("-c", "--ctx-size"),
-        "Context in tokens; 0: what the model was trained with.",
+        "Context in tokens; 0: all it was trained with. Without it: the largest that costs at most 5 % of decode.",
         0,
         integer(0),
         "N",
@@ -510,18 +510,64 @@ DRY_RUN_OPTIONS: tuple[Option, ...] = (
     ),
 )
 
-_PLANNED = ("model", "ctx-size", "batch-size", "ubatch-size", "flash-attn", "cache-type-k", "cache-type-v")
+_PLANNED = (
+    "model", "ctx-size", "batch-size", "ubatch-size", "n-gpu-layers", "flash-attn", "cache-type-k", "cache-type-v",
+    "override-tensor", "cpu-moe", "n-cpu-moe",
+)  # fmt: skip
 PLAN_COMMAND_OPTIONS: tuple[Option, ...] = (
     *(option for option in MODEL_OPTIONS if option.key in _PLANNED),
     Option(
         ("--machine",),
-        "Plan for another machine: a preset's name or a machine file, with parts replaced after a colon "
-        "(rtx3060-pcie4-ddr4:vram=8GiB).",
-        metavar="PRESET",
+        'Plan for another machine: "gpu=rtx4070ti,cpu=7900x,ram=ddr5-6000x2:96GiB,link=pcie4x8", a preset with parts '
+        "replaced (rtx3060-pcie4-ddr4:vram=8GiB), or a file; docs/cost-model.md has the grammar.",
+        metavar="MACHINE",
         unset="this one",
         section=MODEL,
         in_file=False,
     ),
+    Option(
+        ("--machines",),
+        "List the presets, cards and processors that --machine knows, then end.",
+        False,
+        None,
+        no_flags=("--no-machines",),
+        section=MODEL,
+        in_file=False,
+    ),
+    Option(
+        ("-d", "--depth"), "Tokens in the context already.", 0, integer(0, 1 << 24), "N", section=MODEL, in_file=False
+    ),
+    Option(
+        ("-p", "--n-prompt"),
+        "Tokens of the prompt.",
+        None,
+        integer(1, 1 << 24),
+        "N",
+        unset="one batch",
+        section=MODEL,
+        in_file=False,
+    ),
+    Option(
+        ("-np", "--parallel"),
+        "Slots that share the context, where none is given.",
+        1,
+        integer(1, 256),
+        "N",
+        section=MODEL,
+        in_file=False,
+    ),
+    Option(
+        ("--vary",),
+        "Plan for several values: ram=ddr5-6000x2,ddr5-8000x2 or ncmoe=0:48:8; keys of --machine, and c, ub, ctk, ctv, "
+        "depth, prompt, ngl, ncmoe, cmoe, quant.",
+        (),
+        str,
+        "KEY=VALUES",
+        repeats=True,
+        section=OUTPUT,
+        in_file=False,
+    ),
+    Option(("--plot",), "Picture of what --vary found (PNG).", metavar="FILE", section=OUTPUT, in_file=False),
     Option(
         ("--probe",),
         "Probe this machine where there is no calibration for it.",

@@ -14,11 +14,14 @@ from hybrimoe.config import Settings
 from hybrimoe.errors import HybrimoeError, UsageError
 
 if TYPE_CHECKING:
+    from hybrimoe.calibration import Calibration
     from hybrimoe.engine import Engine, EngineOptions
     from hybrimoe.expert_options import ExpertOptions
     from hybrimoe.generation import Sampling
     from hybrimoe.gguf_model import GgufModel
+    from hybrimoe.machine.machine import Machine
     from hybrimoe.models.recipe import DemoOptions
+    from hybrimoe.planning import Setting
 
 _Engine = TypeVar("_Engine", bound="Engine")
 
@@ -180,7 +183,8 @@ def load_engine(
     model = inspect(path).require_moe()
     survive_loading(model, with_plugin=settings.plugin)
     _warn_about_gpu(settings)
-    options = with_starting_costs(_with_threads(engine_options(settings), settings, model), model)
+    options = with_planned_memory(engine_options(settings), settings, model)
+    options = with_starting_costs(_with_threads(options, settings, model), model)
     with progress(f"loading {path.name} ({size_text(_total_bytes(path))})") as update:
 
         def on_share(share: float) -> None:
@@ -195,6 +199,59 @@ def load_engine(
             yield engine
     finally:
         _note_recording(engine)
+
+
+def with_planned_memory(options: EngineOptions, settings: Settings, model: GgufModel) -> EngineOptions:
+    """The options with the context that `hybrimoe plan` would choose, where nobody asked for one, by the same rule and
+    code (`planning.choose_context`). Says so where that is less than the model was trained with, and how fast a model
+    that is larger than memory can be."""
+    from dataclasses import replace
+
+    from hybrimoe.cli.plan import setting_of, wants_default_context
+    from hybrimoe.machine.here import this_machine
+    from hybrimoe.planning.context import choose_context, needs_no_choice
+
+    wants_default = wants_default_context(settings)
+    machine = this_machine(_kept_calibration(model, options))
+    if options.n_gpu_layers == 0:
+        machine = machine.without_cards()
+    if needs_no_choice(model, setting_of(settings), machine):
+        return options
+    if not wants_default:
+        _warn_if_larger(model, setting_of(settings), machine)
+        return options
+    n_parallel = int(settings.values.get("parallel") or 1)
+    choice = choose_context(model, setting_of(settings), machine, n_parallel)
+    if choice.setting.n_ctx < model.n_ctx_train:
+        note(f"note: {choice.reason}")
+    if choice.memory.missing > 0:
+        _warn_if_larger(model, choice.setting, machine)
+    return replace(options, n_ctx=choice.setting.n_ctx)
+
+
+def _kept_calibration(model: GgufModel, options: EngineOptions) -> Calibration | None:
+    """This machine's calibration, if one is kept that holds for the model; nothing is measured for this."""
+    from hybrimoe.calibration import default_path, load_matching
+
+    try:
+        return load_matching(options.experts.calibration or default_path(), model)
+    except HybrimoeError:
+        return None
+
+
+def _warn_if_larger(model: GgufModel, setting: Setting, machine: Machine) -> None:
+    from hybrimoe.planning import make_plan
+
+    try:
+        made = make_plan(model, setting, machine, advise=False)
+    except HybrimoeError:  # what is wrong with the model, loading says
+        return
+    if made.memory.missing > 0 and made.ours is not None:
+        warn(
+            f"the model is larger than main memory: {made.memory.missing:.0%} of its experts come from the disk, "
+            f"about {made.ours[1].per_s:.2g} tokens/s",
+            made.memory.nearest,
+        )
 
 
 def survive_loading(model: GgufModel, *, with_plugin: bool) -> None:
@@ -269,13 +326,13 @@ def _total_bytes(path: Path) -> int:
 def _warn_about_gpu(settings: Settings) -> None:
     import llama_cpp
 
-    from hybrimoe import machine
+    from hybrimoe.machine import host
 
     if llama_cpp.llama_supports_gpu_offload():
         return
     if not settings.is_default("n_gpu_layers") and settings.n_gpu_layers != 0:
         warn("-ngl has no effect: this llama-cpp-python was built without GPU support", "hybrimoe doctor")
-    elif card := machine.notable_gpu():
+    elif card := host.notable_gpu():
         warn(f"{card.name} is not used: this llama-cpp-python was built without GPU support", card.build_command)
 
 

@@ -105,10 +105,10 @@ def _entry(entry: ModelEntry) -> dict[str, Any]:
 
 def _fits(model: GgufModel) -> bool:
     """Whether weights and a usual KV cache fit into memory at once; a larger model runs, but from the disk."""
-    from hybrimoe import machine
+    from hybrimoe.machine import host
 
     n_ctx = min(_USUAL_CTX, model.n_ctx_train or _USUAL_CTX)
-    memory = machine.memory()
+    memory = host.memory()
     most = min(memory.total_bytes, memory.limit_bytes or memory.total_bytes)
     return model.total_bytes + model.kv.bytes_for(n_ctx) <= most
 

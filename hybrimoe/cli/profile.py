@@ -248,15 +248,13 @@ _INTERRUPTED = "interrupted"
 
 def _stock(settings: Settings, path: Path, update: Any) -> dict[str, Any]:
     """Tokens per second of plain llama.cpp; what went wrong as `error`: the profile itself is worth having."""
-    from hybrimoe import machine
     from hybrimoe.bench.cases import Setup, Test
     from hybrimoe.bench.run import measure_stock
     from hybrimoe.bench.worker import WorkerOptions
+    from hybrimoe.machine import host
 
     update("plain llama.cpp", 0.0)
-    n_threads = settings.threads or (
-        machine.n_physical_cores() if settings.threads is None else machine.n_logical_cpus()
-    )
+    n_threads = settings.threads or (host.n_physical_cores() if settings.threads is None else host.n_logical_cpus())
     setup = Setup(
         model=str(path),
         n_gpu_layers=settings.n_gpu_layers,

@@ -39,7 +39,7 @@ class Request:
     admission: str
     prompts: int | None
     model: str | None
-    profiles: str | None
+    machines: list[str]
     schedules: str
     prefetches: str
     lookahead: str
@@ -104,14 +104,16 @@ def add_to(app: typer.Typer) -> None:
                 help="Check whose the traces are; calibrations need it.",
             ),
         ] = None,
-        profile: Annotated[
-            str | None,
+        machine: Annotated[
+            list[str] | None,
             typer.Option(
+                "--machine",
                 "--profile",
                 "--calibration",
-                metavar="LIST",
+                metavar="MACHINE",
                 rich_help_panel=_CLOCK,
-                help="Machines: presets, machine files, calibrations, or this; with one a clock runs.",
+                help="Machines as 'hybrimoe plan' takes them, calibrations, or this; presets separated by commas, "
+                "descriptions each with a flag. With one a clock runs.",
             ),
         ] = None,
         schedule: Annotated[
@@ -167,7 +169,10 @@ def add_to(app: typer.Typer) -> None:
             ),
         ] = False,
         list_profiles: Annotated[
-            bool, typer.Option("--list-profiles", rich_help_panel=_CLOCK, help="List the machine presets, then end.")
+            bool,
+            typer.Option(
+                "--machines", "--list-profiles", rich_help_panel=_CLOCK, help="List what --machine knows, then end."
+            ),
         ] = False,
         machine_changes: Annotated[
             Path | None,
@@ -217,14 +222,16 @@ def add_to(app: typer.Typer) -> None:
     ) -> None:
         """Try cache policies, sizes, prefetch, schedules and machines on traces, with the core that the engine runs.
 
-        Without --profile the replay has no clock: of a step's experts all are looked up, then every miss is admitted.
+        Without --machine the replay has no clock: of a step's experts all are looked up, then every miss is admitted.
         With one, times are simulated on that machine; they are estimates. With --machine-changes the machine changes
         while it runs, and the engine's own following of costs, trials and guard have to find that out.
         """
         if list_profiles:
-            finish(_list_profiles)
+            from hybrimoe.cli.plan import list_machines
+
+            finish(lambda: list_machines(as_json=as_json))
         request = Request(
-            traces or [], cache_policy, expert_cache, kept, cold, admission, prompts, model, profile, schedule,
+            traces or [], cache_policy, expert_cache, kept, cold, admission, prompts, model, machine or [], schedule,
             prefetch, lookahead, gap_us, ubatch_size, max_window_layers, pay_back, jobs,
             "json" if as_json else form, output, plot, html, recorded, machine_changes, tokens, _given(context),
         )  # fmt: skip
@@ -247,17 +254,8 @@ def _with_changes(request: Request, flags: Mapping[str, str]) -> int:
     return closed_loop(request)
 
 
-def _list_profiles() -> None:
-    from hybrimoe import profiles
-    from hybrimoe.cli.report import table
-
-    rows = [[name, profiles.load(name).description] for name in profiles.names()]
-    output_console().print(table(["profile", "machine"], rows))
-    note("", "replace parts: rtx4090-pcie4-ddr5:link=pcie3,ram=ddr4,gpu=rtx3060,gpus=2,vram=16GiB,cores=6")
-
-
 def _simulate(request: Request) -> int:
-    from hybrimoe import machine
+    from hybrimoe.machine import host
     from hybrimoe.simulate import report
     from hybrimoe.simulate.run import run
     from hybrimoe.trace.files import save
@@ -272,7 +270,7 @@ def _simulate(request: Request) -> int:
         return _recorded(request)
     points = _points(request)
     with progress(f"simulating {len(points)} combinations") as update:
-        rows = run(points, request.jobs or machine.n_logical_cpus(), update)
+        rows = run(points, request.jobs or host.n_logical_cpus(), update)
     text = report.render(rows, request.form)
     if request.output is not None:
         save(request.output, (text + "\n").encode())
@@ -287,19 +285,21 @@ def _simulate(request: Request) -> int:
 
 
 def _points(request: Request) -> list[Point]:
+    from hybrimoe.machine.files import open_machine, with_model
     from hybrimoe.models import store
     from hybrimoe.native.core import Kind
     from hybrimoe.simulate import grid
-    from hybrimoe.simulate.machines import open_machine, with_model
     from hybrimoe.simulate.run import load
 
     model = None if request.model is None else store.resolve(request.model).absolute()
-    machines: list[str | None] = [with_model(name, model) for name in grid.split(request.profiles or "")] or [None]
+    machines: list[str | None] = [
+        with_model(name, model) for text in request.machines for name in grid.split_machines(text)
+    ] or [None]
     schedules = grid.parse_policies(Kind.SCHEDULER, request.schedules)
     prefetches = grid.parse_policies(Kind.PREFETCH, request.prefetches)
     grid.parse_policies(Kind.ADMISSION, request.admission)
     if machines == [None] and (schedules != ["two-threshold"] or prefetches != ["none"]):
-        raise UsageError("schedules and prefetch need a machine", "--profile NAME; --list-profiles lists them")
+        raise UsageError("schedules and prefetch need a machine", "--machine NAME; --machines lists them")
     points = []
     for path in request.traces:
         trace = load(path, request.prompts, False).trace
@@ -320,11 +320,11 @@ def _points(request: Request) -> list[Point]:
             names = [n for n in names if not grid.describe(Kind.EVICTION, n.partition(":")[0]).needs_scores]
             warn("policies that need router scores are left out: the trace has none")
         for name in machines:
-            hardware = None if name is None else open_machine(name)
-            budget = None if hardware is None else hardware.budget_bytes(trace.model)
+            machine = None if name is None else open_machine(name)
+            budget = None if machine is None else machine.budget_bytes(trace.model)
             sizes = grid.sizes_of(request.sizes or grid.DEFAULT_SIZES, trace.model, budget)
-            if hardware is not None and not hardware.section(trace.model)["devices"]:
-                warn(f"'{hardware.name}' has no card, so nothing is cached there")
+            if machine is not None and not machine.costs(trace.model).devices:
+                warn(f"'{machine.name}' has no card, so nothing is cached there")
                 sizes = [("0", 0)]
             for cold in [
                 c for c, wanted in ((False, request.kept or not request.cold), (True, request.cold)) if wanted
@@ -345,9 +345,9 @@ def _points(request: Request) -> list[Point]:
 
 
 def _warn_about(trace: TraceFile, request: Request) -> None:
-    if request.profiles and trace.is_decode is None:
+    if request.machines and trace.is_decode is None:
         warn(f"'{trace.path.name}' does not say what was decoded: every token is replayed as decode, an approximation")
-    if request.profiles and request.gap_us is None and not trace.model.dense_bytes:
+    if request.machines and request.gap_us is None and not trace.model.dense_bytes:
         warn("times are those of the experts alone: the trace does not know the model's dense weights; --gap-us says")
 
 
@@ -371,7 +371,7 @@ def _draw(request: Request, points: list[Point], rows: list[Row]) -> None:
             save(path, plots.png(figure))
             note(f"wrote {path}")
     if request.html is not None:
-        notes = ["Times and speeds are simulated, never measured."] if request.profiles else []
+        notes = ["Times and speeds are simulated, never measured."] if request.machines else []
         command = shlex.join(["hybrimoe", *sys.argv[1:]])
         save(request.html, plots.html_page(rows, pictures, command, notes).encode())
         note(f"wrote {request.html}")

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybrimoe import machine
 from hybrimoe.errors import UsageError
 from hybrimoe.expert_options import GIB
 from hybrimoe.hosts import arguments as flags
@@ -21,6 +20,7 @@ from hybrimoe.hosts.host import BACKEND_PATH, Host
 from hybrimoe.hosts.models import Models
 from hybrimoe.hosts.programs import Program
 from hybrimoe.json_text import parse_json
+from hybrimoe.machine.host import n_physical_cores
 from hybrimoe.placement import (
     GRAPH_BUFFER_TYPE,
     GRAPH_DEVICE_PREFIX,
@@ -266,7 +266,7 @@ def _with_threads(host: Host, arguments: Arguments, options: EngineOptions, note
     """Numbers that the probe found better than llama.cpp's default, where the user gave none."""
     decode, prefill = options.threads()
     added: list[str] = []
-    if arguments.value(flags.THREADS) is None and decode != machine.n_physical_cores():
+    if arguments.value(flags.THREADS) is None and decode != n_physical_cores():
         added += [host.grammar.knows(*flags.THREADS.names) or "-t", str(decode)]
     batch = host.grammar.knows(*flags.THREADS_BATCH.names)
     if arguments.value(flags.THREADS) is None and not arguments.typed(flags.THREADS_BATCH) and batch:

@@ -294,10 +294,11 @@ def pull(reference: Reference, progress: Progress, *, force: bool = False) -> Pa
 
 def check_fits(model: GgufModel, offer: Offer) -> None:
     """Raises DoesNotFitError when this machine cannot run the model even with a small context."""
-    from hybrimoe.planning import PlanMachine, Setting, measure_needs, plan_memory
+    from hybrimoe.machine import here
+    from hybrimoe.planning import Setting, measure_needs, plan_memory
 
     setting = Setting(n_ctx=min(_USUAL_CTX, model.n_ctx_train or _USUAL_CTX)).of_model(model)
-    memory = plan_memory(model, measure_needs(model, setting), setting, PlanMachine.here())
+    memory = plan_memory(model, measure_needs(model, setting), setting, here.this_machine())
     if not memory.fits:
         raise DoesNotFitError(
             f"'{offer.name}' would not run here: {memory.reason}", "hybrimoe models pull --list shows smaller ones"

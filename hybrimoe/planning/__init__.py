@@ -1,23 +1,27 @@
 """Will a model run here, where does everything go, how fast, and what would help: answered before anything is loaded.
 
-`make_plan` reads the model's header, asks llama.cpp for the buffers it would allocate (`dry_load`), fills the memories
-(`memory`) and lets the policy core schedule one token and one prompt batch on the costs of the machine (`speed`).
+`make_plan` reads the model's header, asks llama.cpp for the buffers it would allocate (`dry_load`), chooses a context
+(`context`), fills the memories (`memory`) and prices one token and one prompt (`speed`): of ours, and of plain
+llama.cpp in the ways in which people place it (`ways`). `what_if` varies any of it.
 """
 
 from __future__ import annotations
 
-from hybrimoe.planning.machines import PlanMachine
+from hybrimoe.planning.context import choose_context
 from hybrimoe.planning.memory import MemoryPlan, Needs, Setting, measure_needs, plan_memory
-from hybrimoe.planning.plan import ModelPlan, make_plan
+from hybrimoe.planning.placement import Request
+from hybrimoe.planning.plan import Asked, ModelPlan, make_plan
 from hybrimoe.planning.speed import Speed
 
 __all__ = [
+    "Asked",
     "MemoryPlan",
     "ModelPlan",
     "Needs",
-    "PlanMachine",
+    "Request",
     "Setting",
     "Speed",
+    "choose_context",
     "make_plan",
     "measure_needs",
     "plan_memory",

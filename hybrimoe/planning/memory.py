@@ -1,4 +1,9 @@
-"""Where a model's bytes go, and whether they fit."""
+"""Where a model's bytes go, and whether they fit: the one rule of `plan`, `run`, `chat` and `serve`.
+
+Main memory that can be had is what the system has available, page cache included, within the limits of control groups
+(`machine.host.memory`). Weights are mapped from the file: what does not fit is read from the disk again whenever it is
+asked for, so a larger model runs, slowly. The KV cache and buffers are written and must fit.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +13,17 @@ from typing import TYPE_CHECKING
 from hybrimoe.dry_load import Buffers, LoadShape, dry_load
 from hybrimoe.errors import HybrimoeError
 from hybrimoe.gguf_header import GGML_TYPES
-from hybrimoe.planning.machines import PlanMachine, moe_layers
+from hybrimoe.machine.machine import Machine
+from hybrimoe.planning.work import ModelWork, moe_layers
 
 if TYPE_CHECKING:
     from hybrimoe.gguf_model import GgufModel
+    from hybrimoe.planning.placement import LayerPlacement
 
 # llama.cpp leaves so much of a card free when it fits a model by itself (`fit_params_target` in common/common.h).
 VRAM_MARGIN_BYTES = 1 << 30
 # The interpreter and its libraries; with a card also the staging buffers of copies. Assumed.
-_PROCESS_BYTES = 300 << 20
+_PROCESS_BYTES = 256 << 20
 _STAGING_BYTES = 256 << 20
 _CTX_STEP = 256
 _LEAST_CTX = 512
@@ -25,7 +32,7 @@ _LOG_STEP = (1 << 20) // 50
 
 @dataclass(frozen=True)
 class Setting:
-    """What the user asked for; `n_ctx` 0 is the context that the model was trained with, at most `default_ctx`."""
+    """What the user asked for; `n_ctx` 0 is the context that the model was trained with."""
 
     n_ctx: int = 0
     n_batch: int = 2048
@@ -77,7 +84,8 @@ class Needs:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on the card (0 without one) and in main memory. `n_slots` is per MoE layer, over all cards."""
+    """Bytes on the cards (0 without one) and in main memory. `n_slots` is per MoE layer, over all cards. `missing` is
+    the share of the experts in main memory that finds no room there and comes from the disk."""
 
     vram_need: int
     vram_bytes: int
@@ -90,10 +98,16 @@ class MemoryPlan:
     fits_ram: bool
     reason: str = ""
     nearest: str = ""
+    missing: float = 0.0
 
     @property
     def fits(self) -> bool:
         return self.fits_vram and self.fits_ram
+
+    @property
+    def runs(self) -> bool:
+        """Whether it runs at all, if only from the disk."""
+        return self.fits_vram and self.missing < 1.0
 
 
 def measure_needs(model: GgufModel, setting: Setting) -> Needs:
@@ -152,13 +166,16 @@ def _estimated(model: GgufModel, setting: Setting) -> tuple[Buffers, str]:
     return Buffers(kv, 0, 4 * model.n_vocab, {"CPU": 4 * setting.n_ubatch * widest}), source
 
 
-def plan_memory(model: GgufModel, needs: Needs, setting: Setting, machine: PlanMachine) -> MemoryPlan:
+def plan_memory(model: GgufModel, needs: Needs, setting: Setting, machine: Machine) -> MemoryPlan:
     """Dense weights, KV cache and compute buffers on the card, what is left of it as slots; experts in main memory."""
-    if machine.has_gpu:
+    if machine.has_card:
         return _with_gpu(model, needs, setting, machine)
     need = needs.weight_bytes + needs.kv_bytes + needs.compute_bytes + _PROCESS_BYTES
     fits = need <= machine.ram_bytes
-    plan = MemoryPlan(0, 0, 0, 0, (0,) * len(moe_layers(model)), need, machine.ram_bytes, True, fits)
+    missing = _missing(need, machine.ram_bytes, needs.expert_bytes)
+    plan = MemoryPlan(
+        0, 0, 0, 0, (0,) * len(moe_layers(model)), need, machine.ram_bytes, True, fits, missing=missing
+    )  # fmt: skip
     if fits:
         return plan
     over = f"{_gib(need)} of main memory are needed, {_gib(machine.ram_bytes)} can be had"
@@ -166,9 +183,14 @@ def plan_memory(model: GgufModel, needs: Needs, setting: Setting, machine: PlanM
     return replace(plan, reason=over, nearest=_smaller_ctx(needs, setting, room) or _smaller_weights(model, need, plan))
 
 
-def _with_gpu(model: GgufModel, needs: Needs, setting: Setting, machine: PlanMachine) -> MemoryPlan:
-    vram = sum(machine.vram_bytes)
-    margin = VRAM_MARGIN_BYTES * len(machine.vram_bytes)
+def _missing(need: int, ram_bytes: int, expert_bytes: int) -> float:
+    """Share of the experts that main memory has no room for; 1: not even all else fits."""
+    return min(1.0, max(0, need - ram_bytes) / max(1, expert_bytes))
+
+
+def _with_gpu(model: GgufModel, needs: Needs, setting: Setting, machine: Machine) -> MemoryPlan:
+    vram = sum(machine.card_bytes)
+    margin = VRAM_MARGIN_BYTES * len(machine.cards)
     fixed = needs.dense_bytes + needs.kv_bytes + needs.compute_bytes
     layers = moe_layers(model)
     room = max(0, vram - margin - fixed)
@@ -183,8 +205,7 @@ def _with_gpu(model: GgufModel, needs: Needs, setting: Setting, machine: PlanMac
     cache = sum(s * layer.bytes_per_expert for s, layer in zip(slots, layers, strict=True))
     # The file stays mapped, but pages of experts that are all on the card are never read again.
     all_resident = all(s == layer.n_experts for s, layer in zip(slots, layers, strict=True))
-    ram_need = (0 if all_resident else needs.expert_bytes) + needs.router_bytes + needs.embedding_bytes
-    ram_need += needs.buffers.output_bytes + _PROCESS_BYTES + _STAGING_BYTES
+    ram_need = (0 if all_resident else needs.expert_bytes) + _host_bytes(needs)
     plan = MemoryPlan(
         vram_need=fixed + margin,
         vram_bytes=vram,
@@ -195,6 +216,7 @@ def _with_gpu(model: GgufModel, needs: Needs, setting: Setting, machine: PlanMac
         ram_bytes=machine.ram_bytes,
         fits_vram=fixed + margin <= vram,
         fits_ram=ram_need <= machine.ram_bytes,
+        missing=_missing(ram_need, machine.ram_bytes, needs.expert_bytes),
     )
     if not plan.fits_ram:
         over = f"{_gib(ram_need)} of main memory are needed for experts, {_gib(machine.ram_bytes)} can be had"
@@ -205,6 +227,76 @@ def _with_gpu(model: GgufModel, needs: Needs, setting: Setting, machine: PlanMac
         nearest = _smaller_ctx(needs, setting, rest) or _fewer_gpu_layers(model, needs, vram - margin)
         return replace(plan, reason=over, nearest=nearest)
     return plan
+
+
+def _host_bytes(needs: Needs) -> int:
+    """What main memory holds beside experts where a card holds the dense weights."""
+    return (
+        needs.router_bytes + needs.embedding_bytes + needs.buffers.output_bytes + _PROCESS_BYTES + _STAGING_BYTES
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PlacedMemory:
+    """What a placement of plain llama.cpp takes. Bytes; `missing` as in MemoryPlan."""
+
+    vram_need: int
+    ram_need: int
+    fits_vram: bool
+    missing: float
+
+
+def placed_memory(work: ModelWork, needs: Needs, machine: Machine, place: LayerPlacement) -> PlacedMemory:
+    """llama.cpp's own bytes for a placement: KV rows lie with their layer's dense weights."""
+    layers = list(zip(work.layers, place.dense, place.experts, strict=True))
+    dense = sum(layer.dense.n_bytes for layer, on_card, _ in layers if on_card)
+    experts = sum(layer.moe.expert_bytes for layer, _, on_card in layers if on_card and layer.moe)
+    share = sum(place.dense) / max(1, len(place.dense))
+    vram = dense + experts + int(share * needs.kv_bytes) + (work.output.n_bytes if place.output else 0)
+    vram += needs.compute_bytes if vram else 0
+    margin = VRAM_MARGIN_BYTES * len(machine.cards) if vram else 0
+    left = needs.expert_bytes - experts
+    rest = needs.weight_bytes - needs.expert_bytes - dense - (work.output.n_bytes if place.output else 0)
+    ram = left + max(0, rest) + int((1 - share) * needs.kv_bytes) + needs.buffers.output_bytes + _PROCESS_BYTES
+    ram += _STAGING_BYTES if vram else needs.compute_bytes
+    return PlacedMemory(
+        vram + margin, ram, vram + margin <= sum(machine.card_bytes), _missing(ram, machine.ram_bytes, max(1, left))
+    )
+
+
+def check_context(
+    model: GgufModel, n_ctx: int, cache_types: tuple[str, str], *, weights_are_copied: bool = False
+) -> None:
+    """The engine's guard without a card: what it refuses no plan calls running. llama.cpp is not asked, so the KV cache
+    is a lower bound. `weights_are_copied`: nothing is mapped from the file.
+
+    Raises DoesNotFitError.
+    """
+    from hybrimoe.engine import KV_TYPES
+    from hybrimoe.errors import DoesNotFitError
+    from hybrimoe.machine import host
+
+    def kv_bytes(n: int) -> int:
+        size = model.kv.bytes_for(n, KV_TYPES[cache_types[0]][1], KV_TYPES[cache_types[1]][1])
+        # Layers with a sliding window keep only that; the file does not say which, but never more than 5 of 6 have one
+        # (gemma's pattern).
+        return size // 6 if model.kv.sliding_window else size
+
+    # Weights are mapped from the file and give way under pressure; the KV cache is written and does not.
+    available = host.memory().available_bytes - _PROCESS_BYTES
+    if weights_are_copied:
+        available -= model.total_bytes
+    need = kv_bytes(n_ctx)
+    if need <= available:
+        return
+    per_token = max(1, need // n_ctx)
+    fitting = max(0, available) // per_token // _CTX_STEP * _CTX_STEP
+    hint = f"use -c {fitting} or less" if fitting else "close other programs, or use a machine with more memory"
+    raise DoesNotFitError(
+        f"the KV cache for {n_ctx} tokens of context takes {need / 2**30:.1f} GiB, "
+        f"{max(0, available) / 2**30:.1f} GiB of memory are free",
+        hint,
+    )
 
 
 def _smaller_ctx(needs: Needs, setting: Setting, room: int) -> str:

@@ -71,9 +71,9 @@ def measure(request: Request, report: Callable[[str, float], None]) -> dict[str,
 
     A device that cannot be measured is named in `failures`; the rest is measured all the same.
     """
-    from hybrimoe import machine
+    from hybrimoe.machine import host
 
-    free = machine.memory().available_bytes
+    free = host.memory().available_bytes
     if free < _LEAST_FREE_BYTES:
         raise HybrimoeError(
             f"only {free / 2**30:.2f} GiB of memory are free, too little to measure with", "close other programs"

@@ -21,8 +21,8 @@ from hybrimoe.native.core_runtime import GuardLevel, MachinePhase, Runtime
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from hybrimoe.machine.costs import CostTable, Curve
     from hybrimoe.native.core_replay import Trace
-    from hybrimoe.simulate.machines import Hardware
     from hybrimoe.trace.format import ModelIdentity
 
 __all__ = [
@@ -229,67 +229,65 @@ def _disturbance(given: Mapping[str, Any], usual: Disturbance, prefix: str) -> D
     return out
 
 
-def _scaled_curve(curve: Mapping[str, Any], factor: float) -> dict[str, Any]:
-    if "points" in curve:
-        return {"points": [[n, float(us) * factor] for n, us in curve["points"]]}
-    return {key: float(curve[key]) * factor for key in ("fixed_us", "per_token_us")}
+def _scaled_curve(curve: Curve, factor: float) -> Curve:
+    return tuple((n, us * factor) for n, us in curve)
 
 
-def _scaled(section: Mapping[str, Any], f: Factors) -> dict[str, Any]:
-    """The cost section of the same machine with other times."""
-    out = dict(section)
-    out["classes"] = [
-        {
-            **one,
-            "cpu": _scaled_curve(one["cpu"], f.cpu),
-            "cpu_first_us": float(one.get("cpu_first_us", 0.0)) * f.cpu,
-            "gpu": [_scaled_curve(curve, f.gpu) for curve in one["gpu"]],
-        }
-        for one in section["classes"]
-    ]
-    out["cpu_step_us"] = float(section["cpu_step_us"]) * f.cpu
-    out["dram_bytes_per_us"] = float(section["dram_bytes_per_us"]) / f.dram
-    out["devices"] = [
-        {
-            **device,
-            "latency_us": float(device["latency_us"]) * f.link,
-            "bytes_per_us": float(device["bytes_per_us"]) / f.link,
-            "step_us": float(device["step_us"]) * f.gpu,
-        }
-        for device in section["devices"]
-    ]
-    return out
+def _scaled(table: CostTable, f: Factors) -> Costs:
+    """The costs of the same machine with other times."""
+    assert table.dram_bytes_per_us is not None
+    return replace(
+        table,
+        classes=tuple(
+            replace(
+                one,
+                cpu=_scaled_curve(one.cpu, f.cpu),
+                cpu_first_us=one.cpu_first_us * f.cpu,
+                gpu=tuple(_scaled_curve(curve, f.gpu) for curve in one.gpu),
+            )
+            for one in table.classes
+        ),
+        cpu_step_us=table.cpu_step_us * f.cpu,
+        dram_bytes_per_us=table.dram_bytes_per_us / f.dram,
+        devices=tuple(
+            replace(
+                device,
+                latency_us=device.latency_us * f.link,
+                bytes_per_us=device.bytes_per_us / f.link,
+                step_us=device.step_us * f.gpu,
+            )
+            for device in table.devices
+        ),
+    ).costs()
 
 
-def _with_ceiling(hardware: Hardware, model: ModelIdentity) -> Mapping[str, Any]:
-    section = hardware.section(model)
-    if section["dram_bytes_per_us"] is not None:
-        return section
-    return {**section, "dram_bytes_per_us": _CEILING_OVER_CPU * hardware.rates(model).cpu}
+def _costs_of(changes: MachineChanges, model: ModelIdentity) -> tuple[CostTable, float]:
+    """The machine's cost table for the model, with a ceiling, and the gap between two layers' experts."""
+    from hybrimoe.machine.files import open_machine
+    from hybrimoe.machine.machine import from_section
 
-
-def _hardware(changes: MachineChanges, model: ModelIdentity) -> tuple[Mapping[str, Any], float]:
-    """The machine's cost section for the model, with a ceiling, and the gap between two layers' experts."""
-    from hybrimoe.simulate.machines import Hardware, open_machine
-
-    if isinstance(changes.profile, str):
-        try:
-            hardware = open_machine(changes.profile)
-        except OSError as error:  # a name that is no path at all
-            raise from_os_error(error, "open the machine in 'profile'") from error
-    else:
-        hardware = Hardware("costs", None, changes.profile)
-    card = hardware.machine.gpu if hardware.machine is not None else None
-    if card is not None and card.count > _MOST_CARDS:
-        raise UsageError(f"'{hardware.name}' has more than {_MOST_CARDS} cards", f"give it gpus={_MOST_CARDS} or fewer")
+    hint = "docs/simulate.md describes the file"
     try:
-        _, gap_us = hardware.costs(model)
-        section = _with_ceiling(hardware, model)
+        if isinstance(changes.profile, str):
+            machine = open_machine(changes.profile)
+        else:
+            machine = from_section("costs", changes.profile)
+    except OSError as error:  # a name that is no path at all
+        raise from_os_error(error, "open the machine in 'profile'") from error
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
-        raise UsageError(f"'profile' is not a cost section: {error}", "docs/simulate.md describes the file") from error
-    if not section["devices"]:
-        raise UsageError(f"'{hardware.name}' has no card: there is nothing to decide", "name a machine with one")
-    return section, gap_us or 0.0
+        raise UsageError(f"'profile' is not a cost section: {error}", hint) from error
+    if len(machine.cards) > _MOST_CARDS:
+        raise UsageError(f"'{machine.name}' has more than {_MOST_CARDS} cards", f"give it gpus={_MOST_CARDS} or fewer")
+    try:
+        table = machine.costs(model)
+        if table.dram_bytes_per_us is None:
+            table = table.with_ceiling(_CEILING_OVER_CPU * table.read_rates()[0])
+        table.costs()
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise UsageError(f"'profile' is not a cost section: {error}", hint) from error
+    if not table.devices:
+        raise UsageError(f"'{machine.name}' has no card: there is nothing to decide", "name a machine with one")
+    return table, machine.gap_us(model) or 0.0
 
 
 def run_closed_loop(
@@ -311,15 +309,15 @@ def run_closed_loop(
         n_tokens: the trace is repeated until there are so many; None: 512 after the last change.
     """
     n_tokens = n_tokens or changes.default_n_tokens
-    section, gap_us = _hardware(changes, model)
-    n_devices = len(section["devices"])
+    table, gap_us = _costs_of(changes, model)
+    n_devices = len(table.devices)
     # As the engine shares slots out: evenly, and no layer has more slots than experts.
     share = math.ceil(n_slots / n_devices)
     slots = [[max(0, min(share, n_slots - d * share))] * trace.n_layers for d in range(n_devices)]
     phases = [
         MachinePhase(
             p.from_token,
-            Costs.from_calibration(_scaled(section, p.factors)),
+            _scaled(table, p.factors),
             p.disturbance.noise,
             p.disturbance.outlier_share,
             p.disturbance.outlier_factor,
@@ -353,7 +351,7 @@ def run_closed_loop(
             is_told=is_told,
         )
 
-    ours = run(Costs.from_calibration(_scaled(section, changes.believed)), False)
+    ours = run(_scaled(table, changes.believed), False)
     oracle = run(phases[0].costs, True)
     windows = [_window(ours[i : i + WINDOW], oracle[i : i + WINDOW], i) for i in range(0, n_tokens, WINDOW)]
     return ClosedLoop(model.name, policy, n_slots, n_tokens, tuple(windows))

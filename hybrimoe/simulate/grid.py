@@ -58,6 +58,11 @@ def split(text: str) -> list[str]:
     return parts
 
 
+def split_machines(text: str) -> list[str]:
+    """Machines of one flag: a description, whose pairs are separated by commas, or names of presets and files."""
+    return [text] if "=" in text.partition(",")[0].partition(":")[0] else split(text)
+
+
 def describe(kind: Kind, name: str) -> PolicyInfo:
     """The policy of this name. Raises UsageError naming the option and the known ones."""
     known = policies(kind)

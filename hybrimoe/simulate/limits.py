@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
-from hybrimoe.simulate.machines import open_machine
+from hybrimoe.machine.files import open_machine
 
 if TYPE_CHECKING:
     from hybrimoe.simulate.grid import Point
@@ -24,11 +25,13 @@ def limit_us_per_token(point: Point, loaded: Loaded, gap_us: float) -> float:
     """
     assert point.machine is not None
     trace, core = loaded.trace, loaded.core
-    rates = open_machine(point.machine).rates(trace.model)
-    best = loaded.oracle_hits("belady-bypass", point.n_slots if rates.gpu else 0, point.cold)
+    table = open_machine(point.machine).costs(trace.model)
+    cpu, gpu, link = table.read_rates()
+    dram = math.inf if table.dram_bytes_per_us is None else table.dram_bytes_per_us
+    best = loaded.oracle_hits("belady-bypass", point.n_slots if gpu else 0, point.cold)
     ran = (core.experts[:, :, 0] >= 0).sum(axis=0)
     demand = core.top_k * sum(int(n) * size for n, size in zip(ran, trace.model.expert_bytes, strict=True))
     per_token = demand / core.n_tokens
-    compute_us = per_token / (rates.gpu + rates.cpu)
-    memory_us = per_token * (1 - best / (core.top_k * int(ran.sum()))) / min(rates.cpu + rates.link, rates.dram)
+    compute_us = per_token / (gpu + cpu)
+    memory_us = per_token * (1 - best / (core.top_k * int(ran.sum()))) / min(cpu + link, dram)
     return float(max(compute_us, memory_us) + gap_us * ran.sum() / core.n_tokens)

@@ -167,9 +167,10 @@ def machine_costs(machine: str, trace: TraceFile) -> tuple[Costs, float | None]:
 
     The gap is None where the trace does not know the bytes of the model's dense weights.
     """
-    from hybrimoe.simulate.machines import open_machine
+    from hybrimoe.machine.files import open_machine
 
-    return open_machine(machine).costs(trace.model)
+    found = open_machine(machine)
+    return found.costs(trace.model).costs(), found.gap_us(trace.model)
 
 
 def steps_of(trace: TraceFile, n_ubatch: int) -> npt.NDArray[np.int64]:

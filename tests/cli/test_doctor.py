@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from hybrimoe import doctor, machine
+from hybrimoe import doctor
+from hybrimoe.machine import host
 from hybrimoe.models import store
 
-CARD = machine.Gpu("Test Card 9000", "cuda", 16 << 30)
+CARD = host.Gpu("Test Card 9000", "cuda", 16 << 30)
 
 
 @pytest.fixture
@@ -135,8 +136,8 @@ def test_a_card_that_the_build_cannot_use(report: Any, monkeypatch: pytest.Monke
     import llama_cpp
 
     monkeypatch.setattr(llama_cpp, "llama_supports_gpu_offload", lambda: False)
-    monkeypatch.setattr(machine, "gpus", lambda: [CARD])
-    monkeypatch.setattr(machine, "notable_gpu", lambda: CARD)
+    monkeypatch.setattr(host, "gpus", lambda: [CARD])
+    monkeypatch.setattr(host, "notable_gpu", lambda: CARD)
     code, data = report("--no-run")
     assert code == 0
     (finding,) = findings(data, "gpu")
@@ -154,21 +155,21 @@ def test_gpu_support_without_a_card(report: Any, monkeypatch: pytest.MonkeyPatch
 
 
 def test_an_unusable_card_is_a_warning_at_start(call: Any, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "notable_gpu", lambda: CARD)
+    monkeypatch.setattr(host, "notable_gpu", lambda: CARD)
     outcome = call("run", model, "hi", "-n", "1")
     assert outcome.code == 0
     assert f"warning: {CARD.name} is not used" in outcome.err and "GGML_CUDA=on" in outcome.err
 
 
 def test_a_container_limit_is_a_note(report: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "memory", lambda: machine.Memory(64 << 30, 1 << 30, 2 << 30))
+    monkeypatch.setattr(host, "memory", lambda: host.Memory(64 << 30, 1 << 30, 2 << 30))
     notes = findings(report("--no-run")[1], "memory")
     assert any("control group" in n["message"] for n in notes)
     assert any("only 1.0 GiB" in n["message"] for n in notes)
 
 
 def test_old_processors_are_told(report: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "cpu", lambda: machine.Cpu("Old One", 2, 4, ("sse4_2", "avx")))
+    monkeypatch.setattr(host, "cpu", lambda: host.Cpu("Old One", 2, 4, ("sse4_2", "avx")))
     data = report("--no-run")[1]
     assert data["machine"]["vector_level"] == "AVX"
     assert findings(data, "cpu")[0]["level"] == "warning"
@@ -177,10 +178,10 @@ def test_old_processors_are_told(report: Any, monkeypatch: pytest.MonkeyPatch) -
 def test_memory_respects_control_groups(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("2000000\n")
     (tmp_path / "memory.current").write_text("1500000\n")
-    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 400000\n")
-    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
-    memory = machine.memory()
+    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 300000\nactive_file 100000\n")
+    monkeypatch.setattr(host, "_CGROUP", tmp_path)
+    memory = host.memory()
     assert memory.limit_bytes == 2_000_000
     assert memory.available_bytes == 900_000
     (tmp_path / "memory.max").write_text("max\n")
-    assert machine.memory().limit_bytes is None
+    assert host.memory().limit_bytes is None

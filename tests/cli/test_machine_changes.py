@@ -78,7 +78,7 @@ def test_a_trace_without_scores(call: Call, trace: Path, changes: Path, tmp_path
     [
         (("{trace}", "{trace}"), 2, "replays one trace, not 2"),
         ((), 2, "replays one trace, not 0"),
-        (("{trace}", "--profile", "rtx3060-pcie4-ddr4"), 2, "has no use for --profile"),
+        (("{trace}", "--profile", "rtx3060-pcie4-ddr4"), 2, "has no use for --machine"),
         (("{trace}", "--cold"), 2, "has no use for --cold"),
         (("{trace}", "--kept"), 2, "has no use for --kept"),
         (("{trace}", "--recorded"), 2, "has no use for --recorded"),
@@ -119,7 +119,7 @@ def test_bad_files(call: Call, trace: Path, changes: Path) -> None:
         ('{"profile": "rtx1", "phases": [{"from_token": 0}]}', "no such machine: 'rtx1'"),
         ('{"profile": "cpu-only-ddr5", "phases": [{"from_token": 0}]}', "has no card"),
         ('{"profile": "rtx3060-pcie4-ddr4:gpus=0", "phases": [{"from_token": 0}]}', "must be from 1 to"),
-        ('{"profile": "rtx3060-pcie4-ddr4:gpus=x", "phases": [{"from_token": 0}]}', "cannot replace a part"),
+        ('{"profile": "rtx3060-pcie4-ddr4:gpus=x", "phases": [{"from_token": 0}]}', "must be from 1 to"),
         ('{"profile": "rtx3060-pcie4-ddr4:gpus=9", "phases": [{"from_token": 0}]}', "more than 8 cards"),
         ('{"profile": "rtx3060-pcie4-ddr4", "phases": [{"from_token": 5}]}', "must begin with token 0"),
     ):

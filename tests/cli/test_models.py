@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hybrimoe import machine
+from hybrimoe.machine import host
 from hybrimoe.models import store
 
 Call = Callable[..., Any]
@@ -46,7 +46,7 @@ def test_list_has_every_model_and_its_state(call: Call, shelf: Path) -> None:
 
 
 def test_fits_depends_on_memory(call: Call, shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "memory", lambda: machine.Memory(8 << 30, 8 << 30, 1 << 20))
+    monkeypatch.setattr(host, "memory", lambda: host.Memory(8 << 30, 8 << 30, 1 << 20))
     assert json.loads(call("models", "show", "tiny", "--json").out)["fits"] is False
 
 

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from hybrimoe import calibration, machine
+from hybrimoe import calibration
 from hybrimoe.calibration import Calibration, CalibrationError
 from hybrimoe.cpu_threads import keep_to_range, pinned, with_best_threads
 from hybrimoe.engine import Engine, EngineOptions
 from hybrimoe.errors import UsageError
 from hybrimoe.expert_options import ExpertOptions
 from hybrimoe.gguf_model import GgufModel, inspect
+from hybrimoe.machine import host
 from hybrimoe.placement import Placement
 
 TinyModel = Callable[..., Path]
@@ -55,14 +56,14 @@ def test_the_best_thread_counts(
 def test_a_calibration_chooses_where_nothing_was_given(model: GgufModel, monkeypatch: pytest.MonkeyPatch) -> None:
     found = calibrated(model, {2: 50.0, 8: 100.0}, {2: 500.0, 8: 300.0})
     monkeypatch.setattr(calibration, "load_matching", lambda *_: found)
-    monkeypatch.setattr(machine, "n_logical_cpus", lambda: 16)
+    monkeypatch.setattr(host, "n_logical_cpus", lambda: 16)
     assert with_best_threads(EngineOptions(), model).threads() == (2, 8)
     assert with_best_threads(EngineOptions(n_threads_batch=5), model).threads() == (2, 5)
     assert with_best_threads(EngineOptions(n_threads=3), model).threads() == (3, 3)
     fixed = EngineOptions(experts=ExpertOptions(reproducible=True))  # its bits must not follow a probe
     assert with_best_threads(fixed, model) == fixed
     # Measured when the process might use more processors than now.
-    monkeypatch.setattr(machine, "n_logical_cpus", lambda: 4)
+    monkeypatch.setattr(host, "n_logical_cpus", lambda: 4)
     assert with_best_threads(EngineOptions(), model).threads() == (2, 4)
 
     def refuse(*_: object) -> Calibration:
@@ -79,7 +80,7 @@ def test_impossible_processors(model: GgufModel) -> None:
         pinned(EngineOptions(n_threads=4000))
 
 
-@pytest.mark.skipif(len(machine.physical_cpus()) < 2, reason="one processor")
+@pytest.mark.skipif(len(host.physical_cpus()) < 2, reason="one processor")
 def test_expert_threads_stay_where_they_are_pinned(model: GgufModel) -> None:
     options = EngineOptions(n_ctx=256, n_threads=2, placement=Placement())
     options = pinned(replace(options, n_threads_batch=2))

@@ -10,13 +10,13 @@ from typing import Any
 import llama_cpp
 import pytest
 
-from hybrimoe import machine
 from hybrimoe.cli.flags import RUN_COMMAND_OPTIONS
 from hybrimoe.config import Sources, resolve
 from hybrimoe.engine import KV_TYPES, EngineOptions
 from hybrimoe.expert_options import ExpertOptions
 from hybrimoe.generation import RANDOM_SEED, Sampling
 from hybrimoe.llama_seam import FLASH_ATTENTION, LOAD_MODES
+from hybrimoe.machine import host
 
 # common_params of common/common.h, llama.cpp 0.5.0-dev as in llama-cpp-python 0.3.36
 COMMON = {
@@ -87,12 +87,12 @@ def test_model_parameters_equal_the_library(open_engine: Any) -> None:
 
 
 def test_threads_are_physical_cores() -> None:
-    n = machine.n_physical_cores()
+    n = host.n_physical_cores()
     assert EngineOptions().threads() == (n, n)
     assert EngineOptions(n_threads=3).threads() == (3, 3)
     assert EngineOptions(n_threads=3, n_threads_batch=5).threads() == (3, 5)
     # llama.cpp: 0 and below take every hardware thread.
-    assert EngineOptions(n_threads=0).threads()[0] == machine.n_logical_cpus()
+    assert EngineOptions(n_threads=0).threads()[0] == host.n_logical_cpus()
 
 
 def test_physical_cores_share_sibling_masks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -100,18 +100,18 @@ def test_physical_cores_share_sibling_masks(monkeypatch: pytest.MonkeyPatch, tmp
         topology = tmp_path / f"cpu{cpu}" / "topology"
         topology.mkdir(parents=True)
         (topology / "thread_siblings").write_text(mask + "\n")
-    monkeypatch.setattr(machine, "_CPU_FOLDER", tmp_path)
-    monkeypatch.setattr(machine, "_allowed_cpus", lambda: 64)
-    assert machine.n_physical_cores() == 2
+    monkeypatch.setattr(host, "_CPU_FOLDER", tmp_path)
+    monkeypatch.setattr(host, "_allowed_cpus", lambda: 64)
+    assert host.n_physical_cores() == 2
     performance = tmp_path / "performance"
     performance.write_text("0,2\n")
-    monkeypatch.setattr(machine, "_PERFORMANCE_CPUS", performance)
-    assert machine.n_physical_cores() == 1
+    monkeypatch.setattr(host, "_PERFORMANCE_CPUS", performance)
+    assert host.n_physical_cores() == 1
 
 
 def test_physical_cores_respect_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_allowed_cpus", lambda: 1)
-    assert machine.n_physical_cores() == 1
+    monkeypatch.setattr(host, "_allowed_cpus", lambda: 1)
+    assert host.n_physical_cores() == 1
 
 
 def test_flags_agree_with_the_engine() -> None:

@@ -12,10 +12,10 @@ from typing import Any
 import llama_cpp
 import pytest
 
-from hybrimoe import machine
 from hybrimoe.engine import Engine, EngineOptions, Verification
 from hybrimoe.errors import DoesNotFitError, HybrimoeError, ModelError, PluginError, UsageError
 from hybrimoe.generation import Sampling
+from hybrimoe.machine import host
 from hybrimoe.placement import Placement
 
 GREEDY = Sampling(temp=0)
@@ -289,7 +289,7 @@ def test_a_context_above_the_models_is_refused(open_engine: Any) -> None:
 
 
 def test_a_context_that_does_not_fit_is_refused(open_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "memory", lambda: machine.Memory(1 << 30, (256 << 20) + 1, None))
+    monkeypatch.setattr(host, "memory", lambda: host.Memory(1 << 30, (256 << 20) + 1, None))
     with pytest.raises(DoesNotFitError, match="KV cache") as caught:
         open_engine(n_ctx=0)
     assert caught.value.exit_code == 4 and caught.value.hint

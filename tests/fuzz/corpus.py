@@ -123,10 +123,10 @@ def machine_changes(profile: Any) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """A machine file of `--profile` and `--machine`."""
-    from hybrimoe import profiles
+    from hybrimoe import machine
 
-    folder = Path(profiles.__file__).parent
-    data: dict[str, Any] = json.loads(sorted(folder.glob("rtx*.json"))[0].read_text(encoding="utf-8"))
+    path = Path(machine.__file__).parent / "presets" / "hybrimoe-paper.json"
+    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return data
 
 

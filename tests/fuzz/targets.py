@@ -95,7 +95,7 @@ def use_model(path: Path) -> None:
     """What commands do with a header before llama.cpp sees it."""
     from hybrimoe.calibration import model_shapes
     from hybrimoe.gguf_model import inspect
-    from hybrimoe.planning.machines import moe_layers
+    from hybrimoe.planning.work import moe_layers
     from hybrimoe.trace.identity import identity_of
 
     model = inspect(path)
@@ -336,14 +336,14 @@ def _config() -> Target:
 
 
 def _machine() -> Target:
-    from hybrimoe import profiles
+    from hybrimoe.machine.files import read_machine
+    from hybrimoe.machine.rates import ExpertShape
 
     sound = corpus.machine()
 
     def use(path: Path) -> None:
-        machine = profiles.load(path)
-        machine.costs([1000.0, 2000.0])
-        machine.gap_us(1e6, 2)
+        machine = read_machine(path)
+        machine.price([ExpertShape.of_bytes(1000.0), ExpertShape.of_bytes(2000.0)]).costs()
 
     def mutate(rng: random.Random) -> Case:
         return Case(mutators.dump_json(rng, mutators.mutate_json(rng, sound)))

@@ -105,16 +105,16 @@ def test_csv_of_many_layers(tmp_path: Path) -> None:
 
 
 def test_nested_documents(tmp_path: Path) -> None:
-    from hybrimoe import profiles
     from hybrimoe.config import Sources, resolve
+    from hybrimoe.machine.files import read_machine
 
     path = tmp_path / "a.json"
     path.write_text("[" * 200_000)
     with pytest.raises(UsageError, match="no JSON"):
-        profiles.load(path)
+        read_machine(path)
     path.write_text(json.dumps({**corpus.machine(), "cpu": {**corpus.machine()["cpu"], "cores": 1e999}}))
     with pytest.raises(UsageError, match="malformed"):
-        profiles.load(path)
+        read_machine(path)
     path.write_text("x = " + "[" * 20_000 + "]" * 20_000)
     with pytest.raises(UsageError):
         resolve([], {}, Sources(environment={}, file=path))

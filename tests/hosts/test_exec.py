@@ -384,9 +384,10 @@ def test_a_large_context_is_told(
 def test_threads_of_a_kept_calibration(
     printed: Started, stand_in: Callable[..., str], moe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hybrimoe import cpu_threads, machine
+    from hybrimoe import cpu_threads
+    from hybrimoe.machine import host
 
-    n = machine.n_physical_cores()
+    n = host.n_physical_cores()
 
     def best(options: Any, model: Any) -> Any:
         from dataclasses import replace

@@ -132,6 +132,64 @@ def test_a_server_without_ranges_works_too(hub: Hub, tiny: bytes) -> None:
     assert pull(Reference.parse("user/repo"), no_progress).read_bytes() == tiny
 
 
+def split_in_two(tiny: Path, folder: Path, n_more: int) -> dict[str, bytes]:
+    """A model in two parts of two files, each with `n_more` bytes behind its header's weights."""
+    import gguf
+    import numpy as np
+
+    tensors = gguf.GGUFReader(tiny).tensors
+    files = {}
+    for number in (0, 1):
+        name = f"Q4_K_M/m-Q4_K_M-{number + 1:05}-of-00002.gguf"
+        path = folder / Path(name).name
+        writer = gguf.GGUFWriter(path, "llama")
+        if number == 0:
+            writer.add_context_length(2048)
+            for key, value in (("embedding_length", 256), ("block_count", 2), ("feed_forward_length", 256),
+                               ("attention.head_count", 4), ("attention.head_count_kv", 2), ("expert_count", 8),
+                               ("expert_used_count", 2), ("attention.key_length", 64), ("attention.value_length", 64),
+                               ("rope.dimension_count", 64), ("vocab_size", 512)):  # fmt: skip
+                writer.add_uint32(f"llama.{key}", value)
+            writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+            writer.add_tokenizer_model("no_vocab")
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", 2)
+        writer.add_int32("split.tensors.count", len(tensors))
+        for tensor in tensors[: len(tensors) // 2] if number == 0 else tensors[len(tensors) // 2 :]:
+            shape = tuple(int(n) for n in reversed(tensor.shape))
+            n_bytes = int(tensor.n_bytes)
+            writer.add_tensor_info(
+                tensor.name, shape, np.dtype(np.float32), n_bytes, raw_dtype=tensor.tensor_type
+            )  # fmt: skip
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        files[name] = path.read_bytes() + bytes(n_more)
+    return files
+
+
+@pytest.mark.parametrize("knows_ranges", [True, False])
+def test_a_plan_reads_the_headers_of_all_parts_and_no_more(
+    hub: Hub, tiny_model: Callable[..., Path], tmp_path: Path, knows_ranges: bool, capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from hybrimoe.cli.main import main
+
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    hub.files, hub.knows_ranges = split_in_two(tiny_model("mixtral"), tmp_path, 12 << 20), knows_ranges
+    machine = "gpu=rtx3060,cpu=5600x,ram=ddr4-3200x2:32GiB"
+    assert main(["plan", "-hf", "user/repo", "--machine", machine, "-c", "512", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["model"]["header_only"] and data["model"]["n_experts"] == 8 and data["speed"]["ours"] is not None
+    asked = {name for name, _ in hub.requests}
+    assert len(asked) == 2, "both parts"
+    assert all(span.startswith("bytes=0-") for _, span in hub.requests)
+    if knows_ranges:
+        assert hub.n_bytes_sent < 3 << 20
+    assert not list((tmp_path / "models").rglob("*")), "nothing is downloaded"
+
+
 def test_a_wrong_hash_leaves_nothing_behind(hub: Hub, tiny: bytes, tmp_path: Path) -> None:
     hub.files, hub.hashes = {"m-Q4_K_M.gguf": tiny}, {"m-Q4_K_M.gguf": "0" * 64}
     with pytest.raises(HybrimoeError, match="damaged"):
@@ -162,10 +220,10 @@ def test_dense_models_are_refused_before_they_are_downloaded(hub: Hub, tmp_path:
 def test_what_does_not_fit_is_refused_with_code_4(hub: Hub, tiny: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 
-    from hybrimoe.planning import PlanMachine
+    from hybrimoe.machine import here
 
-    here = PlanMachine.here()
-    monkeypatch.setattr(PlanMachine, "here", lambda *_: replace(here, ram_bytes=1 << 20, vram_bytes=()))
+    machine = here.this_machine()
+    monkeypatch.setattr(here, "this_machine", lambda *_: replace(machine, ram_bytes=1 << 20, cards=()))
     hub.files = {"m-Q4_K_M.gguf": tiny}
     with pytest.raises(DoesNotFitError) as caught:
         pull(Reference.parse("user/repo"), no_progress)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from hybrimoe.dry_load import Buffers, LoadShape, dry_load
+from hybrimoe.gguf_model import GgufModel
 from hybrimoe.native import core_abi
+from hybrimoe.planning import memory
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -30,3 +33,19 @@ def header(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return path if path.exists() else write_header(path, PRESETS[name])
 
     return make
+
+
+@pytest.fixture(scope="session", autouse=True)
+def asked_once() -> Iterator[None]:
+    """llama.cpp is asked once per model and setting."""
+    asked: dict[object, Buffers] = {}
+
+    def once(model: GgufModel, shape: LoadShape) -> Buffers:
+        key = (model.path, shape)
+        if key not in asked:
+            asked[key] = dry_load(model, shape)
+        return asked[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "dry_load", once)
+        yield

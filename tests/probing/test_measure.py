@@ -14,8 +14,8 @@ from typing import Any
 import psutil
 import pytest
 
-from hybrimoe import machine
 from hybrimoe.errors import HybrimoeError, PluginError
+from hybrimoe.machine import host
 from hybrimoe.native.probe import CopyKind, CpuProbe, DeviceProbe, FfnShape, read_rate
 from hybrimoe.probing import measure
 from hybrimoe.probing.measure import Request, run_in_child
@@ -101,7 +101,7 @@ def test_a_device_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_too_little_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "memory", lambda: machine.Memory(8 << 30, 900 << 20, None))
+    monkeypatch.setattr(host, "memory", lambda: host.Memory(8 << 30, 900 << 20, None))
     with pytest.raises(HybrimoeError, match=r"only 0.88 GiB of memory are free"):
         measure.measure(Request((SHAPE,), (1,)), lambda *_: None)
 

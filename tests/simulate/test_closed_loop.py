@@ -152,8 +152,8 @@ def test_bad_files_are_refused_by_key(tmp_path: Path, data: Any, message: str) -
     [
         ("rtx1", "no such machine"),
         ("cpu-only-ddr5", "has no card"),
-        ({}, "is for 0 MoE layers"),
-        ({"layer_class": 3}, "'profile' is not a cost section"),
+        ({}, "lacks 'layer_class'"),
+        ({"layer_class": 3}, "is malformed"),
         ({**COSTS, "layer_class": [0]}, "is for 1 MoE layers"),
         ({**COSTS, "classes": []}, "layer"),
         ({**COSTS, "cpu_step_us": "x"}, "malformed"),

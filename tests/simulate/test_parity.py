@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from hybrimoe.errors import UsageError
+from hybrimoe.machine.files import open_machine
 from hybrimoe.native.core import CoreError, Costs
 from hybrimoe.native.core_runtime import Runtime
-from hybrimoe.simulate.machines import open_machine
 from hybrimoe.simulate.replay import Loaded
 from hybrimoe.trace.events import EventType, Note, new_events
 from hybrimoe.trace.format import TraceFile, read
@@ -27,7 +27,7 @@ class LiveRun:
 
     def __init__(self, path: Path, source: TraceFile) -> None:
         m = source.model
-        self.section = open_machine("rtx3060-pcie3-ddr4").section(m)
+        self.section = open_machine("rtx3060-pcie3-ddr4").costs(m).to_json()
         self.slower = {**self.section, "devices": [{**self.section["devices"][0], "bytes_per_us": 4000.0}]}
         self.runtime = Runtime(Costs.from_calibration(self.section), m.n_expert, m.top_k, 6, **OPTIONS)
         self.writer = TraceWriter(path, m, run=run_of(self.section, 6, **OPTIONS))

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from hybrimoe.errors import UsageError
+from hybrimoe.machine.files import open_machine
 from hybrimoe.native.core import Kind, policies
 from hybrimoe.native.core_replay import replay_cache
 from hybrimoe.simulate import grid
-from hybrimoe.simulate.machines import open_machine
 from hybrimoe.simulate.replay import Loaded, make_lookahead, replay, steps_of
 from hybrimoe.simulate.run import run
 from hybrimoe.trace.format import ModelIdentity, TraceFile
@@ -212,7 +212,7 @@ def test_lists_of_policies() -> None:
 def test_a_calibration_file_is_a_machine(tmp_path: Any, demo: Loaded) -> None:
     import json
 
-    section = open_machine(MACHINE).section(demo.trace.model)
+    section = open_machine(MACHINE).costs(demo.trace.model).to_json()
     path = tmp_path / "this-machine.json"
     for data in (section, {"costs": section}):
         path.write_text(json.dumps(data), encoding="utf-8")
@@ -220,9 +220,9 @@ def test_a_calibration_file_is_a_machine(tmp_path: Any, demo: Loaded) -> None:
         assert row == dataclasses.replace(replay(point(machine=MACHINE, gap_us=100.0), demo), profile=str(path))
     other = dataclasses.replace(demo.trace.model, n_layers=7, layers=(), expert_bytes=())
     with pytest.raises(UsageError, match="is for 30 MoE layers"):
-        open_machine(str(path)).section(other)
+        open_machine(str(path)).costs(other)
     path.write_text('{"classes": [], "layer_class": []}', encoding="utf-8")
-    with pytest.raises(UsageError, match="is for 0 MoE layers"):
+    with pytest.raises(UsageError, match="lacks 'cpu_step_us'"):
         replay(point(machine=str(path)), demo)
 
 

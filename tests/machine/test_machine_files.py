@@ -1,4 +1,4 @@
-"""A probe's calibration as hardware profile."""
+"""Machines from files: a probe's calibration, parts that were measured."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 from hybrimoe.calibration import Calibration
 from hybrimoe.errors import HybrimoeError, UsageError
 from hybrimoe.gguf_model import inspect
+from hybrimoe.machine.files import open_machine, with_model
 from hybrimoe.native.probe import FfnShape
-from hybrimoe.simulate.machines import open_machine, with_model
 from hybrimoe.trace.identity import identity_of
 
 
@@ -39,12 +39,13 @@ def test_a_probes_calibration_prices_its_model(
     with pytest.raises(UsageError, match="needs the model"):
         open_machine(str(path))
     text = with_model(str(path), model)
-    hardware = open_machine(text)
-    costs, gap_us = hardware.costs(identity_of(inspect(model)))
+    identity = identity_of(inspect(model))
+    machine = open_machine(text)
+    costs, gap_us = machine.costs(identity).costs(), machine.gap_us(identity)
     assert costs.n_devices == 0 and costs.n_layers == len(inspect(model).moe_layers)
     assert gap_us is not None and gap_us > 3.0
     monkeypatch.setenv("HYBRIMOE_CALIBRATION", str(path))
-    assert open_machine(with_model("this", model)).costs(identity_of(inspect(model)))[1] == gap_us
+    assert open_machine(with_model("this", model)).gap_us(identity) == gap_us
     assert with_model("rtx3060-pcie3-ddr4", model) == "rtx3060-pcie3-ddr4"
 
 

@@ -128,13 +128,19 @@ def _cgroup_folders() -> list[Path]:
 
 
 def _reclaimable_bytes(folder: Path) -> int:
-    # The page cache counts as used, but gives way: a model that was mapped before must not look like lost memory.
+    """The page cache, which counts as used but gives way: a model that was mapped before is no lost memory.
+
+    Pages that were read twice stand in the active list and give way as well.
+    """
+    found: dict[str, int] = {}
     with contextlib.suppress(OSError, ValueError):
         for line in (folder / "memory.stat").read_text().splitlines():
             name, _, value = line.partition(" ")
-            if name in ("inactive_file", "total_inactive_file"):
-                return int(value)
-    return 0
+            if name.endswith("active_file"):
+                found[name] = int(value)
+    # Version 1 counts this group alone, and with `total_` its children too.
+    prefix = "total_" if "total_inactive_file" in found else ""
+    return found.get(f"{prefix}inactive_file", 0) + found.get(f"{prefix}active_file", 0)
 
 
 def _read_int(path: Path) -> int | None:

@@ -1,0 +1,1 @@
+"""Machines: what a host has, what others are described as, and what work costs on them."""
