@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shlex
 import statistics
 import subprocess
@@ -59,21 +60,35 @@ def machine_text(point: dict[str, Any]) -> str:
     gpu, cpu, ram, link = point.get("gpu"), point["cpu"], point["ram"], point.get("link")
     if gpu:
         parts.append(f"gpu={gpu.get('count', 1)}*{gpu['name']}")
-    name = str(cpu["name"]).split(",")[0]
+    name, n_sockets = _sockets(str(cpu["name"]).split(",")[0])
     if name.lower().startswith("not stated"):
-        parts.append(f"cpu=unknown,cores={cpu['cores']}")
-    else:
-        parts.append(f"cpu={name}")
-        try:
-            find_cpu(name)
-        except HybrimoeError:
-            parts.append(f"cores={cpu['cores']}")
-    parts.append(f"ram={ram['type'].lower()}-{ram['mts']:g}x{ram['channels']}:{ram['gib']:g}GiB")
+        name = "unknown"
+    sockets = f"{n_sockets}*" if n_sockets > 1 else ""
+    parts.append(f"cpu={sockets}{name}")
+    try:
+        find_cpu(name)
+        known = name != "unknown"
+    except HybrimoeError:
+        known = False
+    if not known:
+        parts.append(f"cores={max(1, cpu['cores'] // n_sockets)}")
+    kind = ram["type"].lower().split()[0]
+    parts.append(f"ram={kind}-{ram['mts']:g}x{ram['channels']}:{ram['gib']:g}GiB")
     if link and "gen" in link:
         parts.append(f"link=pcie{link['gen']}x{link.get('lanes', 16)}")
     if link and "gbs" in link:
         parts.append(f"link-gbs={link['gbs']}")
     return ",".join(parts)
+
+
+def _sockets(name: str) -> tuple[str, int]:
+    """'2x EPYC 7742', 'dual EPYC 7742', 'EPYC 7742 x2': the name, and how many."""
+    for pattern in (r"(?P<n>\d)\s*[x\u00d7*]\s+(?P<name>.+)", r"(?P<name>.+?)\s+[x\u00d7]\s*(?P<n>\d)"):
+        if match := re.fullmatch(pattern, name.strip(), re.IGNORECASE):
+            return match["name"], int(match["n"])
+    if name.lower().startswith("dual "):
+        return name[5:], 2
+    return name, 1
 
 
 def plan_flags(point: dict[str, Any]) -> list[str]:
@@ -90,7 +105,8 @@ def plan_flags(point: dict[str, Any]) -> list[str]:
         words.append("-cmoe")
     elif flags.get("ncmoe"):
         words += ["-ncmoe", flags["ncmoe"]]
-    for rule in flags.get("ot", []):
+    rules = flags.get("ot", [])
+    for rule in [rules] if isinstance(rules, str) else rules:
         words += ["-ot", rule]
     return [str(word) for word in words]
 

@@ -221,7 +221,8 @@ def with_planned_memory(options: EngineOptions, settings: Settings, model: GgufM
         _warn_if_larger(model, setting_of(settings), machine)
         return options
     n_parallel = int(settings.values.get("parallel") or 1)
-    choice = choose_context(model, setting_of(settings), machine, n_parallel)
+    with progress("fitting the context into memory"):
+        choice = choose_context(model, setting_of(settings), machine, n_parallel)
     if choice.setting.n_ctx < model.n_ctx_train:
         note(f"note: {choice.reason}")
     if choice.memory.missing > 0:

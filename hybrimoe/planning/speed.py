@@ -369,7 +369,8 @@ class SpeedModel:
         macs = sum(layer.dense.n_macs for layer in work.layers)
         pairs = work.attention_macs(n, depth)
         if machine.calibration is not None:
-            us = n * macs / machine.calibration.dense_macs_per_us() + len(self.moe) * machine.calibration.step_us()
+            us = (n * macs + pairs) / machine.calibration.dense_macs_per_us()
+            us += len(self.moe) * machine.calibration.step_us()
             return [Term("the rest", us, "GPU" if machine.has_card else "CPU")]
         terms: list[Term] = [_term("token", k.token_us)]
         # From 32 tokens on the card computes layers that lie in main memory too, with their weights copied.

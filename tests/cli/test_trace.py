@@ -105,9 +105,23 @@ def test_two_commands_from_a_model_to_a_picture(call: Call, model: str, tmp_path
     assert call("trace", "info", str(recording), "-m", model).code == 0
 
 
-def test_profiles_are_listed(call: Call) -> None:
-    outcome = call("simulate", "--list-profiles")
+@pytest.mark.parametrize("flag", ["--machines", "--list-profiles"])
+def test_machines_are_listed(call: Call, flag: str) -> None:
+    outcome = call("simulate", flag)
     assert outcome.code == 0 and "hybrimoe-paper" in outcome.out and "rtx5090" in outcome.out
+
+
+def test_machines_in_words(call: Call, trace: Path) -> None:
+    """Descriptions have commas, so each takes a flag; names may share one."""
+    described = "gpu=rtx3060,cpu=5600x,ram=ddr4-3200x2:32GiB,link=pcie4"
+    arguments = ("--cache-policy", "lru", "--expert-cache", "4", "--json")
+    flags = ("--machine", described, "--machine", "rtx3060-pcie3-ddr4,rtx3060-pcie4-ddr4:link=pcie3x8")
+    outcome = call("simulate", str(trace), *flags, *arguments)
+    assert outcome.code == 0, outcome.err
+    rows = json.loads(outcome.out)
+    assert [row["profile"] for row in rows] == [described, "rtx3060-pcie3-ddr4", "rtx3060-pcie4-ddr4:link=pcie3x8"]
+    assert all(row["ms_per_token"] > 0 for row in rows)
+    call("simulate", str(trace), "--machine", "gpu=rtx3060,cpu=nothing", *arguments).assert_two_lines(2)
 
 
 def test_a_cut_trace_is_used_with_a_warning(call: Call, trace: Path) -> None:
