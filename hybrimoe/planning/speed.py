@@ -124,7 +124,7 @@ class SpeedModel:
         self.moe = [layer for layer in work.layers if layer.moe is not None]
         self._table: CostTable | None = None
         self._costs: Any = None
-        self._schedulers: dict[str, Scheduler] = {}
+        self._scheduler = Scheduler("two-threshold")
         self._planned: dict[tuple[Any, ...], tuple[float, dict[str, float]]] = {}
         total = sum(machine.card_bytes)
         self._shares = [(card, card.memory_bytes / total) for card in machine.cards] if total else []
@@ -214,30 +214,37 @@ class SpeedModel:
         machine, k = self.machine, self.k
         copies = products = reads = cpu = 0.0
         offload = n >= _STOCK_OFFLOAD_TOKENS
-        link = machine.link_bytes_per_us(pinned=False) if self._shares else 1.0
-        for layer, on_card in zip(self.work.layers, place.experts, strict=True):
-            if layer.moe is None or layer.expert is None:
-                continue
+        on_cards = [card for layer, card in zip(self.work.layers, place.experts, strict=True) if layer.moe]
+        link = self._link_bytes_per_us()
+        for i, (layer, on_card) in enumerate(zip(self.moe, on_cards, strict=True)):
+            assert layer.expert is not None
             n_active, load = self._active(layer, n)
-            if self._shares and (on_card or (offload and place.any_dense)):
-                expert = layer.expert
-                reads += self._mix(lambda c, e=expert, a=n_active: a * e.n_bytes / rates.card_bytes_per_us(c, k))  # type: ignore[misc]
-                products += self._mix(
-                    lambda c, e=expert, a=n_active, m=load: a * rates.card_products_us(e.n_macs, m, c, k)  # type: ignore[misc]
-                )
-                copies += 0.0 if on_card else n_active * layer.expert.n_bytes / link
-            else:
-                cpu += n_active * self._cpu_expert_us(layer, load)
+            shape = layer.expert
+            if not self._shares or not (on_card or (offload and place.any_dense)):
+                if machine.is_measured:
+                    cpu += n_active * _on_curve(self.table.classes[self.table.layer_class[i]].cpu, load)
+                else:
+                    cpu += n_active * rates.cpu_expert_us(shape, load, machine.cpu, machine.ram, k)
+                continue
+            copies += 0.0 if on_card else n_active * shape.n_bytes / link
+            if machine.is_measured and self.table.devices:
+                products += n_active * _on_curve(self.table.classes[self.table.layer_class[i]].gpu[0], load)
+                continue
+            for card, share in self._shares:
+                reads += share * n_active * shape.n_bytes / rates.card_bytes_per_us(card, k)
+                products += share * n_active * rates.card_products_us(shape.n_macs, load, card, k)
         return [
             *terms, _term("card weights", reads), _term("card products", products), _term("copies", copies),
             _term("CPU experts", cpu),
         ]  # fmt: skip
 
-    def _cpu_expert_us(self, layer: LayerWork, load: float) -> float:
-        assert layer.expert is not None
-        if self.machine.is_measured:
-            return _on_curve(self.table.classes[self.table.layer_class[self.moe.index(layer)]].cpu, load)
-        return rates.cpu_expert_us(layer.expert, load, self.machine.cpu, self.machine.ram, self.k)
+    def _link_bytes_per_us(self) -> float:
+        """Copies of plain llama.cpp, whose weights are mapped from the file."""
+        if not self._shares:
+            return math.inf
+        if self.machine.is_measured and self.table.devices:
+            return self.table.devices[0].bytes_per_us
+        return self.machine.link_bytes_per_us(pinned=False)
 
     # --- ours ---
 
@@ -269,7 +276,7 @@ class SpeedModel:
                 active, load = self._active(layer, n)
                 n_active = max(1, round(active))
                 hits = min(n_active, round(n_active * n_slots[i] / layer.moe.n_experts))
-                us, busy = self._plan(i, "two-threshold", hits, n_active, max(1, round(load)))
+                us, busy = self._plan(i, hits, n_active, max(1, round(load)))
                 total += us
                 _accumulate(experts, busy, 1.0)
             return [
@@ -312,21 +319,20 @@ class SpeedModel:
             low = int(hits)
             for n_hits, weight in ((low, 1 - hits + low), (min(low + 1, used), hits - low)):
                 if weight > 0:
-                    us, busy = self._plan(i, "two-threshold", n_hits, used, 1)
+                    us, busy = self._plan(i, n_hits, used, 1)
                     total += us * weight
                     _accumulate(busy_sum, busy, weight)
         return [Term("experts", total, max(busy_sum, key=lambda name: busy_sum[name]))]
 
-    def _plan(self, i: int, policy: str, n_hits: int, n_items: int, load: int) -> tuple[float, dict[str, float]]:
-        """(makespan, busy microseconds by resource) of one layer."""
-        key = (self.table.layer_class[i], policy, n_hits, n_items, load)
+    def _plan(self, i: int, n_hits: int, n_items: int, load: int) -> tuple[float, dict[str, float]]:
+        """(makespan, busy microseconds by resource) of one layer, as the engine's default scheduler plans it."""
+        key = (self.table.layer_class[i], n_hits, n_items, load)
         if key not in self._planned:
             if self._costs is None:
                 self._costs = self.table.costs()
-            scheduler = self._schedulers.setdefault(policy, Scheduler(policy))
             items = [WorkItem(e, load, 0 if e < n_hits else CPU) for e in range(n_items)]
             limits = [2**31 - 1] * self._costs.n_devices
-            plan = scheduler.plan(self._costs, items, layer=i, max_copies=limits)
+            plan = self._scheduler.plan(self._costs, items, layer=i, max_copies=limits)
             busy = {"CPU": plan.cpu_end_us}
             if self._costs.n_devices:
                 busy |= {"GPU": sum(plan.gpu_end_us) - sum(plan.link_end_us), "link": max(plan.link_end_us)}
@@ -389,7 +395,7 @@ class SpeedModel:
                 _term("card kernels", self._mix(
                     lambda c: rates.card_nodes_us(share * work.n_nodes, c, machine.cpu, split=True, k=k))),
                 _term("attention", self._mix(lambda c: share * rates.card_attention_us(pairs, c, k))),
-                _term("copies", copied / machine.link_bytes_per_us(pinned=False)),
+                _term("copies", copied / self._link_bytes_per_us()),
             ]  # fmt: skip
         if share < 1:
             ns = dense_ns + work.attention_macs(1, depth + n / 2) * rates.dot_ns("F16", 128, 1) / 128
