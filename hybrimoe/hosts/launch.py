@@ -38,6 +38,7 @@ CONFIG = "HYBRIMOE_CONFIG"
 OURS = f"{MOE_PATTERN}={PLUGIN_BUFFER_TYPE}"
 # Fitting would have made a smaller context where memory is short.
 _LARGE_CONTEXT_BYTES = 2 << 30
+_CPU_BUFFER_TYPE = "CPU"
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def make_launch(host: Host, models: Models, options: EngineOptions, plugin: Path
         ours = _graph_overrides(host, models)
     arguments = _without_cpu_moe(host.arguments, changes, notes)
     if host.program.kind is not None and models.main:
-        notes += _taken_away(models, arguments)
+        notes += _own_overrides(models, arguments)
         arguments = _with_overrides(host, models, arguments, changes, ours)
         arguments = _without_fit(host, models, arguments, changes, notes)
         arguments = _with_threads(host, arguments, options, notes)
@@ -128,7 +129,7 @@ def _users_settings(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _without_cpu_moe(given: Arguments, changes: dict[str, str | None], notes: list[str]) -> Arguments:
-    """`-cmoe` and `-ncmoe` would take experts from the plug-in, which does the same by settings."""
+    """`-cmoe` and `-ncmoe` are overrides to CPU, which change nothing (`_own_overrides`): the plug-in is told."""
     for flag, is_on, what in (
         (flags.CPU_MOE, given.is_on(flags.CPU_MOE), "all experts stay on the CPU"),
         (flags.N_CPU_MOE, given.number(flags.N_CPU_MOE, 0) > 0, "the first layers' experts stay on the CPU"),
@@ -208,24 +209,40 @@ def _with_overrides(
     return arguments.adding(host.grammar.knows(*flags.DRAFT_OVERRIDE.names) or "-otd", OURS)
 
 
-def _taken_away(models: Models, arguments: Arguments) -> list[str]:
-    """Says which layers' experts the user's own overrides keep from the plug-in: `-ot exps=CPU` is a common habit."""
+def _own_overrides(models: Models, arguments: Arguments) -> list[str]:
+    """Says what the user's own overrides do to experts: other devices' memory keeps them from the plug-in, the CPU's
+    does not. llama.cpp takes an override to CPU as its list of CPU buffer types, in which those of accelerators for the
+    CPU, such as the plug-in's, come first (common to all releases in docs/hosts.md)."""
     typed = arguments.values(flags.OVERRIDE)
     variable = arguments.variable(flags.OVERRIDE)
     texts = [*([arguments.environment[variable]] if variable else []), *typed]
-    patterns = [part.partition("=")[0] for text in texts for part in re.split("[,;]", text) if part]
+    rules = [part.partition("=") for text in texts for part in re.split("[,;]", text) if "=" in part]
     model = next((model for model in models.main if model.is_moe), None)
-    if model is None or not patterns:
+    if model is None or not rules:
         return []
     try:
-        theirs = re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
+        patterns = [(re.compile(pattern), buffer_type) for pattern, _, buffer_type in rules]
     except re.error:
         return []  # the program will say so, in its own kind of regular expressions
-    taken = [layer for layer in model.moe_layers if any(theirs.search(t.name) for t in layer.expert_tensors)]
-    if not taken:
-        return []
-    n, n_all = len(taken), len(model.moe_layers)
-    return [f"{arguments.spelling(flags.OVERRIDE)} keeps experts of {n} of {n_all} layers from the plug-in"]
+    away: set[int] = set()
+    on_cpu: set[int] = set()
+    for layer in model.moe_layers:
+        for tensor in layer.expert_tensors:
+            buffer_type = next((where for pattern, where in patterns if pattern.search(tensor.name)), None)
+            if buffer_type == _CPU_BUFFER_TYPE:
+                on_cpu.add(layer.index)
+            elif buffer_type not in (None, PLUGIN_BUFFER_TYPE, GRAPH_BUFFER_TYPE):
+                away.add(layer.index)
+    name, n_all = arguments.spelling(flags.OVERRIDE), len(model.moe_layers)
+    notes = []
+    if away:
+        notes.append(f"{name} keeps experts of {len(away)} of {n_all} layers from the plug-in")
+    if on_cpu:
+        notes.append(
+            f"{name} ...={_CPU_BUFFER_TYPE} changes nothing for experts of {len(on_cpu)} of {n_all} layers: the CPU's "
+            "memory is the plug-in's, which shares them with accelerators; -cmoe or -ncmoe N keep them on the CPU"
+        )
+    return notes
 
 
 def _in_every_set(value: str, ours: str) -> str:

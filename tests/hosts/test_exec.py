@@ -196,13 +196,34 @@ def test_overrides_in_a_variable_come_first_too(
 
 
 @pytest.mark.parametrize(
-    ("rule", "n"), [("exps=CPU", "2 of 2"), (r"blk\.0\..*_exps\.=CPU", "1 of 2"), ("attn_q=CPU", None), ("(=CPU", None)]
+    ("rules", "says"),
+    [
+        ("exps=CUDA0", ("keeps experts of 2 of 2 layers from",)),
+        (r"blk\.0\..*_exps\.=CUDA0", ("keeps experts of 1 of 2 layers from",)),
+        # The CPU's memory is the plug-in's.
+        ("exps=CPU", ("=CPU changes nothing for experts of 2 of 2 layers",)),
+        # The first pattern that matches decides.
+        (r"blk\.0\.=CPU,exps=CUDA0", ("keeps experts of 1 of 2", "nothing for experts of 1 of 2")),
+        ("exps=HybriMoE,exps=CUDA0", ()),
+        ("attn_q=CPU", ()),
+        ("(=CPU", ()),
+    ],
 )
-def test_overrides_that_take_experts_are_told(
-    printed: Started, stand_in: Callable[..., str], moe: str, rule: str, n: str | None
+def test_overrides_of_experts_are_told(
+    printed: Started,
+    stand_in: Callable[..., str],
+    moe: str,
+    monkeypatch: pytest.MonkeyPatch,
+    rules: str,
+    says: tuple[str, ...],
 ) -> None:
-    notes = printed(stand_in("llama-server"), "-m", moe, "-ot", f"output=CPU,{rule}")["notes"]
-    assert [n in note for note in notes] == ([True] if n else [])
+    given = f"output=CPU,{rules}"
+    shown = printed(stand_in("llama-server"), "-m", moe, "-ot", given)["notes"]
+    bench = printed(stand_in("llama-bench", BENCH_HELP), "-m", moe, "-ot", given.replace(",", ";"))["notes"]
+    monkeypatch.setenv("LLAMA_ARG_OVERRIDE_TENSOR", given)
+    by_variable = printed(stand_in("llama-server"), "-m", moe)["notes"]
+    for notes in (shown, bench, by_variable):
+        assert len(notes) == len(says) and all(text in note for text, note in zip(says, notes, strict=True)), notes
 
 
 def test_llama_bench(printed: Started, stand_in: Callable[..., str], moe: str, monkeypatch: pytest.MonkeyPatch) -> None:
