@@ -59,7 +59,8 @@ def execute(settings: Settings, command: list[str]) -> None:
     for text in launch.notes:
         note(f"note: {text}")
     if settings.print:
-        print(launch.shell())
+        sys.stdout.flush()
+        sys.stdout.buffer.write(os.fsencode(launch.shell()) + b"\n")  # paths need not be UTF-8
         return
     sys.stdout.flush()
     sys.stderr.flush()

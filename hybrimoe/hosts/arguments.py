@@ -99,7 +99,7 @@ class Arguments:
         return [item for item in self.items if item.flag in flag.names]
 
     def values(self, flag: Flag) -> list[str]:
-        """Its first value wherever it was typed; a flag at the end whose value is missing has none."""
+        """Its first value wherever it was typed."""
         return [item.values[0] for item in self.typed(flag) if item.values]
 
     def variable(self, flag: Flag) -> str | None:

@@ -20,14 +20,17 @@ _PATIENCE_S = 30.0
 # end the flags: what follows is the explanation.
 _LINE = re.compile(r" {0,4}(-{1,2}[A-Za-z][\w.-]*(?:,? +-{1,2}[A-Za-z][\w.-]*)*)( \S.*)?")
 _TWO_VALUES = re.compile(r" [A-Z][A-Z_]* [A-Z][A-Z_]*(?:\s{2,}.*)?")
+# In the explanation of `--gpt-oss-20b-default` and others like it.
+_DOWNLOADS = "can download weights"
 _DEVICE = re.compile(r"\s+(\S+): .+")
 
 
 @dataclass(frozen=True)
 class Grammar:
-    """`n_values`: how many words follow a flag."""
+    """`n_values`: how many words follow a flag; `downloads`: flags that stand for models of the hub."""
 
     n_values: Mapping[str, int] = field(default_factory=dict)
+    downloads: frozenset[str] = frozenset()
 
     def knows(self, *flags: str) -> str | None:
         """The first of `flags` that the program has."""
@@ -37,15 +40,22 @@ class Grammar:
 def parse_help(text: str) -> Grammar:
     """The flags in a help page of llama.cpp's (common/arg.cpp, or llama-bench's own)."""
     n_values: dict[str, int] = {}
+    downloads: set[str] = set()
+    names: list[str] = []
+    about = ""
     for line in text.splitlines():
         match = _LINE.match(line)
         if match is None:
-            continue
-        value = match[2] or ""
-        n = 0 if not value else 2 if _TWO_VALUES.fullmatch(value) else 1
-        for flag in re.split(r"[,\s]+", match[1]):
-            n_values.setdefault(flag, n)
-    return Grammar(n_values)
+            about = f"{about} {line.strip()}"
+        else:
+            value = match[2] or ""
+            n = 0 if not value else 2 if _TWO_VALUES.fullmatch(value) else 1
+            names, about = re.split(r"[,\s]+", match[1]), line
+            for flag in names:
+                n_values.setdefault(flag, n)
+        if _DOWNLOADS in about:
+            downloads.update(names)
+    return Grammar(n_values, frozenset(downloads))
 
 
 def parse_devices(text: str) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hybrimoe.errors import PluginError, UsageError
+from hybrimoe.errors import ModelError, PluginError, UsageError
 from hybrimoe.hosts import arguments as flags
 from hybrimoe.hosts.arguments import Arguments, Flag
 from hybrimoe.hosts.help_page import Grammar, ask_devices, ask_grammar
@@ -53,7 +53,8 @@ def open_host(
     """Finds out what `command` starts and reads its arguments; a known program is asked for its flags.
 
     `own_flags` are HybriMoE's, which the user may have put behind the program by mistake. Raises UsageError,
-    HybrimoeError and PluginError for what cannot be started or cannot work with the plug-in.
+    HybrimoeError and PluginError for what cannot be started or cannot work with the plug-in, and ModelError for flags
+    that stand for a model whose file only the program finds.
     """
     program = find_program(command)
     seen = seen_environment(program, environment)
@@ -65,6 +66,7 @@ def open_host(
         read = seen if program.kind.variables else {}
         host = replace(host, grammar=grammar, arguments=Arguments.read(program.arguments, grammar, read))
         _check_own_flags(host, own_flags)
+        _check_values(host)
     if not host.only_informs:
         _check_conflicts(host)
     return host
@@ -80,6 +82,12 @@ def _check_own_flags(host: Host, own_flags: Collection[str]) -> None:
             )
 
 
+def _check_values(host: Host) -> None:
+    last = host.arguments.items[-1:]
+    if last and len(last[0].values) < host.grammar.n_values.get(last[0].flag, 0):
+        raise UsageError(f"{last[0].flag} of {host.program.name} needs a value", f"{host.program.name} --help")
+
+
 def _check_conflicts(host: Host) -> None:
     given = host.environment.get(BACKEND_PATH)
     if given:
@@ -93,6 +101,12 @@ def _check_conflicts(host: Host) -> None:
             f"{arguments.spelling(flags.MOE_CACHE)} keeps a second cache of the same experts beside the plug-in's",
             "leave it out, or start the program without hybrimoe exec",
         )
+    for item in arguments.items:
+        if item.flag in host.grammar.downloads:
+            raise ModelError(
+                f"{item.flag} stands for a model that {host.program.name} finds or downloads by itself",
+                f"run '{host.program.name} {item.flag}' once by itself, then name the file with -m",
+            )
     if host.program.kind is not None and not host.grammar.knows(*flags.OVERRIDE.names):
         raise PluginError(
             f"this {host.program.name} has no tensor overrides (-ot): nothing can be placed in the plug-in",
@@ -101,11 +115,10 @@ def _check_conflicts(host: Host) -> None:
 
 
 def shared_models(host: Host, models: Models) -> Models:
-    """`models` without a draft that stays where the program puts it: the user said where, or no flag can."""
-    arguments = host.arguments
-    is_left = arguments.typed(flags.DRAFT_CPU_MOE) or arguments.variable(flags.DRAFT_CPU_MOE)
-    can = host.program.kind is not None and models.main and host.grammar.knows(*flags.DRAFT_OVERRIDE.names)
-    is_shared = models.draft is not None and models.draft.is_moe and can and not is_left
+    """`models` without a draft that the plug-in has no part in: one without experts, or with a program we do not know.
+    One with experts is the plug-in's even where the user keeps it on the CPU, whose memory that is."""
+    is_known = host.program.kind is not None and bool(models.main)
+    is_shared = models.draft is not None and models.draft.is_moe and is_known
     return models if is_shared else replace(models, draft=None)
 
 

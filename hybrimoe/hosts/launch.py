@@ -6,12 +6,14 @@ import json
 import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybrimoe.errors import UsageError
+from hybrimoe.errors import PluginError, UsageError
 from hybrimoe.expert_options import GIB
 from hybrimoe.hosts import arguments as flags
 from hybrimoe.hosts.arguments import Arguments, is_truthy
@@ -68,12 +70,13 @@ def make_launch(host: Host, models: Models, options: EngineOptions, plugin: Path
     """The program with the plug-in. `models` are `shared_models`; `options` are `host_options` with costs and threads;
     `front` is how the plug-in gets the experts (docs/settings.md).
 
-    Raises UsageError for a HYBRIMOE_CONFIG that is not a JSON object, for settings that the plug-in cannot take, and
-    for a program whose graphs it cannot take whole.
+    Raises UsageError for a HYBRIMOE_CONFIG that is not a JSON object or that the plug-in refuses, and for a program
+    whose graphs it cannot take whole; PluginError for other settings that the plug-in refuses.
     """
     settings = _plugin_settings(host, models, options)
     if front == "graph":
         settings["front"] = front
+    _check_settings(settings, plugin, host)
     changes: dict[str, str | None] = {
         BACKEND_PATH: str(plugin),
         CONFIG: json.dumps(settings, separators=(",", ":")),
@@ -84,6 +87,13 @@ def make_launch(host: Host, models: Models, options: EngineOptions, plugin: Path
         host = _on_whole_graphs(host, models, changes)
         ours = _graph_overrides(host, models)
     arguments = _without_cpu_moe(host.arguments, changes, notes)
+    if models.draft is not None and (
+        host.arguments.typed(flags.DRAFT_CPU_MOE) or host.arguments.variable(flags.DRAFT_CPU_MOE)
+    ):
+        notes.append(
+            f"{host.arguments.spelling(flags.DRAFT_CPU_MOE)} changes nothing: the CPU's memory is the plug-in's, which "
+            "shares the draft's experts with accelerators as the model's"
+        )
     if host.program.kind is not None and models.main:
         notes += _own_overrides(models, arguments)
         arguments = _with_overrides(host, models, arguments, changes, ours)
@@ -115,12 +125,38 @@ def _plugin_settings(host: Host, models: Models, options: EngineOptions) -> dict
     return settings | _users_settings(host.environment)
 
 
+# The plug-in's own parser, in a process that has no settings yet and keeps none.
+_PARSE = """
+import ctypes, sys
+error = ctypes.create_string_buffer(512)
+refused = ctypes.CDLL(sys.argv[1]).hybrimoe_configure(sys.stdin.buffer.read(), error, ctypes.c_size_t(len(error)))
+sys.stdout.buffer.write(error.value if refused else b"")
+"""
+
+
+def _check_settings(settings: Mapping[str, Any], plugin: Path, host: Host) -> None:
+    """The plug-in takes all settings or none, and its program would go on with the defaults."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HYBRIMOE_")}
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", _PARSE, str(plugin)],
+        input=json.dumps(settings).encode(), stdout=subprocess.PIPE, env=kept,
+    )  # fmt: skip
+    problem = done.stdout.decode("utf-8", "replace")
+    if done.returncode != 0:
+        raise PluginError(f"the plug-in {plugin} does not read its settings", "hybrimoe doctor")
+    if problem and _users_settings(host.environment):
+        raise UsageError(f"{CONFIG}: {problem}", "docs/settings.md lists the keys and their values")
+    if problem:
+        raise PluginError(f"the plug-in refused its settings: {problem}", "hybrimoe doctor")
+
+
 def _users_settings(environment: Mapping[str, str]) -> dict[str, Any]:
     text = environment.get(CONFIG, "")
     if not text.strip():
         return {}
     try:
         given = parse_json(text)
+        json.dumps(given, allow_nan=False)  # Python reads NaN and Infinity, which are no JSON
     except ValueError as error:
         raise UsageError(f"{CONFIG} is not valid JSON: {error}", 'for example {"cpu_kernels": "avx2"}') from None
     if not isinstance(given, dict):
@@ -130,13 +166,20 @@ def _users_settings(environment: Mapping[str, str]) -> dict[str, Any]:
 
 def _without_cpu_moe(given: Arguments, changes: dict[str, str | None], notes: list[str]) -> Arguments:
     """`-cmoe` and `-ncmoe` are overrides to CPU, which change nothing (`_own_overrides`): the plug-in is told."""
-    for flag, is_on, what in (
-        (flags.CPU_MOE, given.is_on(flags.CPU_MOE), "all experts stay on the CPU"),
-        (flags.N_CPU_MOE, given.number(flags.N_CPU_MOE, 0) > 0, "the first layers' experts stay on the CPU"),
-    ):
+    n = given.number(flags.N_CPU_MOE, 0)
+    layers = f"{given.spelling(flags.N_CPU_MOE)} {n} is"
+    if n > 0:
+        notes.append(
+            f"{layers} told to the plug-in instead: the first {n} layers' experts stay on the CPU, in its kernels"
+        )
+    elif given.value(flags.N_CPU_MOE) is not None:
+        notes.append(f"{layers} left out: it keeps no layer's experts on the CPU")
+    if given.is_on(flags.CPU_MOE):
+        notes.append(
+            f"{given.spelling(flags.CPU_MOE)} is told to the plug-in instead: all experts stay on the CPU, in its kernels"
+        )
+    for flag in (flags.CPU_MOE, flags.N_CPU_MOE):
         name = given.variable(flag)
-        if is_on:
-            notes.append(f"{given.spelling(flag)} is told to the plug-in instead: {what}, in its kernels")
         if name is not None:
             changes[name] = None
     return given.without(flags.CPU_MOE, flags.N_CPU_MOE)
@@ -202,11 +245,12 @@ def _with_overrides(
             arguments = arguments.with_values(flags.OVERRIDE, lambda value: _in_every_set(value, ours), only_last=False)
         else:
             arguments = arguments.with_values(flags.OVERRIDE, lambda value: f"{value},{ours}", only_last=True)
-    if models.draft is None:
+    name = host.grammar.knows(*flags.DRAFT_OVERRIDE.names)
+    if models.draft is None or name is None:
         return arguments
     if arguments.values(flags.DRAFT_OVERRIDE):
         return arguments.with_values(flags.DRAFT_OVERRIDE, lambda value: f"{value},{OURS}", only_last=True)
-    return arguments.adding(host.grammar.knows(*flags.DRAFT_OVERRIDE.names) or "-otd", OURS)
+    return arguments.adding(name, OURS)
 
 
 def _own_overrides(models: Models, arguments: Arguments) -> list[str]:

@@ -30,10 +30,10 @@ class Models:
 
 
 def find_models(arguments: Arguments, environment: Mapping[str, str], *, several: bool) -> Models:
-    """Reads the headers of all models that the arguments name; of a draft only where it is on this machine.
+    """Reads the headers of all models that the arguments name.
 
-    Raises ModelError for a main model that is missing, damaged, or would have to be downloaded; UsageError for one
-    that cannot be known beforehand.
+    Raises ModelError for a main model that is missing or damaged and for any model that would have to be downloaded;
+    UsageError for one that cannot be known beforehand.
     """
     paths = _several(arguments, environment) if several else _one(arguments, environment)
     return Models(tuple(inspect(path) for path in dict.fromkeys(paths)), _draft(arguments, environment))
@@ -90,8 +90,26 @@ def _not_here(repo: str, file: str | None) -> ModelError:
 def _draft(arguments: Arguments, environment: Mapping[str, str]) -> GgufModel | None:
     """A draft may be a special head that only the program understands: then it is left to the program."""
     repo, name = arguments.value(flags.DRAFT_HUB_REPO), arguments.value(flags.DRAFT_MODEL)
-    path = cached_model(repo, None, environment) if repo else Path(name) if name else None
+    if repo:
+        path = cached_model(repo, None, environment)
+        if path is None and name and Path(name).is_file():
+            path = Path(name)
+        if path is None:
+            what = f"{arguments.spelling(flags.DRAFT_HUB_REPO)} {repo}"
+            raise ModelError(
+                f"the draft of {what} is not on this machine yet",
+                f"hybrimoe models pull {repo}, then name the file that it prints with -md",
+            )
+    elif name:
+        path = Path(name)
+        if not path.exists():
+            raise ModelError(
+                f"there is no draft '{name}' ({arguments.spelling(flags.DRAFT_MODEL)})",
+                "ls -l *.gguf; hybrimoe models list",
+            )
+    else:
+        return None
     try:
-        return None if path is None else inspect(path)
+        return inspect(path)
     except HybrimoeError:
         return None

@@ -59,6 +59,13 @@ SERVER_HELP = """\
                                         keep all Mixture of Experts (MoE) weights in the CPU for the draft
 --spec-draft-model, -md, --model-draft FNAME
                                         draft model for speculative decoding (default: unused)
+--spec-draft-hf, -hfd, -hfrd, --hf-repo-draft <user>/<model>[:quant]
+                                        Same as --hf-repo, but for the draft model (default: unused)
+--fim-qwen-1.5b-default                 use default Qwen 2.5 Coder 1.5B (note: can download weights from the
+                                        internet)
+--gpt-oss-20b-default                   use gpt-oss-20b (note: can
+                                        download weights from the internet)
+--spec-default                          enable default speculative decoding config
 """
 
 BENCH_HELP = """\

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cli.conftest import COMMAND
 
 from hosts.stand_ins import BENCH_HELP, SERVER_HELP, Outcome
 from hybrimoe.hosts.launch import OURS
@@ -93,6 +96,14 @@ def test_what_could_not_be_started_changes_nothing_here(call: Call, stand_in: Ca
     assert signal.getsignal(signal.SIGPIPE) is signal.SIG_IGN
 
 
+def test_paths_need_not_be_utf_8(clean: Path, stand_in: Callable[..., str], moe: str) -> None:
+    path = os.fsencode(clean) + b"/caf\xe9.gguf"
+    os.symlink(moe, path)
+    command = [*COMMAND, "exec", "--print", "--", stand_in("llama-server"), "-m", path]
+    done = subprocess.run(command, capture_output=True, timeout=120)
+    assert done.returncode == 0 and path in done.stdout, done
+
+
 def test_settings_are_those_of_our_own_commands(printed: Started, stand_in: Callable[..., str], moe: str) -> None:
     server = stand_in("llama-server")
     config = printed(server, "-m", moe, "-b", "256", "-ub", "128")["config"]
@@ -122,9 +133,11 @@ def test_settings_that_the_user_gave_the_plug_in_stay(
     monkeypatch.setenv("HYBRIMOE_CONFIG", '{"cpu_kernels": "scalar", "guard": false}')
     config = printed(server, "-m", moe)["config"]
     assert config["cpu_kernels"] == "scalar" and config["guard"] is False and config["prefetch"] == "impact"
-    for text in ("{", "[1]"):
+    for text in ("{", "[1]", '{"cpu_kernel": "avx2"}', '{"guard": 1}', '{"simple_costs": NaN}'):
         monkeypatch.setenv("HYBRIMOE_CONFIG", text)
-        call("exec", "--print", server, "-m", moe).assert_two_lines(2)
+        outcome = call("exec", "--print", server, "-m", moe)
+        outcome.assert_two_lines(2)
+        assert "HYBRIMOE_CONFIG" in outcome.err
 
 
 @pytest.mark.parametrize(
@@ -147,7 +160,8 @@ def test_settings_that_the_user_gave_the_plug_in_stay(
         (("--fit", "on"), ("-ot", OURS, "-fit", "off"), ("--fit on",)),
         (("-fit", "maybe"), ("-fit", "maybe", "-ot", OURS), ()),
         (("-cmoe",), ("-ot", OURS, "-fit", "off"), ("-cmoe",)),
-        (("--n_cpu_moe", "1"), ("-ot", OURS, "-fit", "off"), ("--n-cpu-moe",)),
+        (("--n_cpu_moe", "1"), ("-ot", OURS, "-fit", "off"), ("--n-cpu-moe 1 is told",)),
+        (("-ncmoe", "-3"), ("-ot", OURS, "-fit", "off"), ("-ncmoe -3 is left out",)),
         (("--moe-cache-mib", "0"), ("--moe-cache-mib", "0", "-ot", OURS, "-fit", "off"), ()),
     ],
 )
@@ -163,7 +177,7 @@ def test_arguments(
     assert shown["arguments"] == ["-m", moe, *arguments]
     assert len(shown["notes"]) == len(notes)
     for line, word in zip(shown["notes"], notes, strict=True):
-        assert line.startswith(f"note: {word} ")
+        assert line.startswith(f"note: {word}")
 
 
 def test_experts_that_the_program_was_told_to_keep_on_the_cpu(
@@ -263,9 +277,15 @@ def test_a_draft_with_experts(
     assert shown["config"]["state_path"] == ""
     shown = printed(server, "-m", moe, "-md", draft, "-otd", "a=CPU")
     assert shown["arguments"][4:6] == ["-otd", f"a=CPU,{OURS}"]
-    for words in (("-md", draft, "-cmoed"), ("-md", dense), ("-md", "missing.gguf")):
-        shown = printed(server, "-m", moe, *words)
-        assert OURS not in shown["arguments"][:-3] and shown["config"]["state_path"]
+    # The CPU's memory is the plug-in's.
+    shown = printed(server, "-m", moe, "-md", draft, "-cmoed")
+    assert "-otd" in shown["arguments"] and shown["config"]["state_path"] == ""
+    assert len(shown["notes"]) == 1 and "-cmoed changes nothing" in shown["notes"][0]
+    without = "\n".join(line for line in SERVER_HELP.splitlines() if "-otd," not in line)
+    shown = printed(stand_in("llama-cli", without), "-m", moe, "-md", draft)
+    assert "-otd" not in shown["arguments"] and shown["config"]["state_path"] == ""
+    shown = printed(server, "-m", moe, "-md", dense)
+    assert "-otd" not in shown["arguments"] and shown["config"]["state_path"]
     shown = printed(server, "-m", dense, "-md", draft)
     assert "-ot" not in shown["arguments"] and "-otd" in shown["arguments"]
     # The model's own head for guessing ahead is a second instance.
@@ -437,6 +457,12 @@ def test_threads_of_a_kept_calibration(
         (("--", "CLI"), 2, "no model"),
         (("--", "BENCH"), 2, "no model"),
         (("--", "SERVER", "-m", "missing.gguf"), 3, "missing.gguf"),
+        (("--", "SERVER", "-m", "MODEL", "-md", "missing.gguf"), 3, "missing.gguf"),
+        (("--", "SERVER", "-m", "MODEL", "-hfd", "user/draft"), 3, "user/draft"),
+        (("--", "SERVER", "--gpt-oss-20b-default"), 3, "--gpt-oss-20b-default"),
+        (("--", "SERVER", "--fim-qwen-1.5b-default", "-m", "MODEL"), 3, "--fim-qwen-1.5b-default"),
+        (("--", "SERVER", "-m"), 2, "-m of llama-server needs a value"),
+        (("--", "SERVER", "-m", "MODEL", "-ot"), 2, "-ot of llama-server needs a value"),
         (("--", "SERVER", "-m", "MODEL", "--expert-cache", "8"), 2, "must come before"),
         (("--", "SERVER", "-m", "MODEL", "--cache-policy=lru"), 2, "must come before"),
         (("--", "SERVER", "-m", "MODEL", "--moe-cache-mib", "100"), 2, "--moe-cache-mib"),
