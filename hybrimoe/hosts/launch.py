@@ -176,7 +176,8 @@ def _without_cpu_moe(given: Arguments, changes: dict[str, str | None], notes: li
         notes.append(f"{layers} left out: it keeps no layer's experts on the CPU")
     if given.is_on(flags.CPU_MOE):
         notes.append(
-            f"{given.spelling(flags.CPU_MOE)} is told to the plug-in instead: all experts stay on the CPU, in its kernels"
+            f"{given.spelling(flags.CPU_MOE)} is told to the plug-in instead: "
+            "all experts stay on the CPU, in its kernels"
         )
     for flag in (flags.CPU_MOE, flags.N_CPU_MOE):
         name = given.variable(flag)

@@ -128,8 +128,8 @@ private:
     sharing_pause pause_;  // a step failed
     std::string given_up_; // why the caches that were asked for are not used; empty: they are, or none were
     bool needs_scores_ = false;
-    int looked_for_    = -1;    // the layer that look_ahead_from() was called for
-    int horizon_       = 0;     // layers that a prefetcher may look ahead
+    int looked_for_    = -1; // the layer that look_ahead_from() was called for
+    int horizon_       = 0;  // layers that a prefetcher may look ahead
 
     // the pass at hand
     int last_layer_      = -1;
